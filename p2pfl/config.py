@@ -1,0 +1,363 @@
+"""The experiment: one frozen, validated tree, read from TOML and from `--set key=value`.
+
+Every default stands here once, with its unit and its reason. An unknown key is an error that names the key that was
+probably meant. Nothing here looks at data, graphs or models: only at whether the file can mean something.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from p2pfl.messages import BadInput, check_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Toml = str | int | float | bool | list["Toml"] | dict[str, "Toml"]
+
+WEIGHTS = ("metropolis", "samples", "inverse", "sqrt")
+GRAPHS = ("complete", "ring", "path", "star", "torus", "random-regular", "empty")
+PEERS = "peers"  # the graph of a node that was only told its neighbours
+
+
+class Section(BaseModel):
+    """Frozen, and closed: a key that is not listed is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=False)
+
+
+class TopologySection(Section):
+    """Who averages with whom, and with which weights."""
+
+    graph: str = PEERS  # a generator's name; "peers": each node's neighbours are those of its --peers
+    file: Path | None = None  # .edgelist: two names a line
+    edges: tuple[tuple[str, str], ...] = ()  # the graph, edge by edge, over the names in `nodes`
+    nodes: int | tuple[str, ...] = 1  # how many (node-0, node-1 …), or their names
+    degree: int = Field(4, ge=1)  # of random-regular; 4 gives a spectral gap above 0.1 at any size
+    weights: Literal["metropolis", "samples", "inverse", "sqrt"] = "metropolis"
+
+    @field_validator("nodes")
+    @classmethod
+    def _nodes(cls, nodes: int | tuple[str, ...]) -> int | tuple[str, ...]:
+        if isinstance(nodes, int):
+            if nodes < 1:
+                raise ValueError("at least one node is needed")
+        else:
+            for name in nodes:
+                try:
+                    check_name(name)
+                except BadInput as error:
+                    raise ValueError(str(error)) from None
+            if len(set(nodes)) != len(nodes) or not nodes:
+                raise ValueError("node names must be there and differ from each other")
+        return nodes
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TopologySection:
+        if self.graph not in (*GRAPHS, PEERS):
+            raise ValueError(f"graph = {self.graph!r} is not known{did_you_mean(self.graph, GRAPHS)}")
+        if sum((self.graph != PEERS, self.file is not None, bool(self.edges))) > 1:
+            raise ValueError("give one of graph, file and edges, not several")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The nodes' names; numbers are zero-padded so that sorting by name is sorting by number."""
+        if isinstance(self.nodes, tuple):
+            return self.nodes
+        width = len(str(self.nodes - 1))
+        return tuple(f"node-{i:0{width}}" for i in range(self.nodes))
+
+
+class DataSection(Section):
+    """The rows, and how `up` shares them out (a `node` uses all the rows of its own file)."""
+
+    name: str = "breast_cancer"  # breast_cancer | digits | csv | module:function
+    path: Path | None = None  # of the CSV file
+    target: str | None = None  # its column to predict
+    split: Literal["iid", "sizes", "dirichlet", "shards"] = "iid"
+    alpha: float = Field(0.5, gt=0)  # dirichlet: small is skewed; 0.1 leaves most nodes with two or three classes
+    sizes: tuple[Annotated[float, Field(gt=0)], ...] = ()  # sizes: shares of the rows, in the order of the nodes
+    shards: int = Field(2, ge=1)  # shards: pieces of the label-sorted rows that each node gets
+    test_fraction: float = Field(0.2, gt=0, lt=1)  # rows that nobody trains on
+
+
+class ModelSection(Section):
+    name: str = "mlp"  # logistic | mlp | cnn | module:function
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = (64,)  # mlp: units of each hidden layer
+    channels: tuple[Annotated[int, Field(ge=1)], ...] = (16, 32)  # cnn: channels of each block
+    dropout: float = Field(0.0, ge=0, lt=1)  # probability of dropping a hidden unit
+
+
+class TrainSection(Section):
+    """Local training: what happens between two mixings."""
+
+    rounds: int = Field(20, ge=1)
+    local_epochs: int | None = Field(None, ge=1)  # passes over the own rows a round; 1 if nothing is said
+    local_steps: int | None = Field(None, ge=1)  # instead: optimizer steps a round
+    batch_size: int = Field(32, ge=1)  # rows
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = Field(0.1, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)  # sgd only
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "cosine", "step"] = "constant"  # of the learning rate, over the rounds
+    step_every: int = Field(10, ge=1)  # step: rounds between two drops
+    step_factor: float = Field(0.5, gt=0, le=1)  # step: what a drop multiplies the rate with
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps: each node's own affair
+    checkpoint_every: int = Field(25, ge=1)  # rounds between two checkpoints
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSection:
+        if self.local_epochs is not None and self.local_steps is not None:
+            raise ValueError("give local_epochs or local_steps, not both")
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum belongs to sgd; {self.optimizer} has its own: remove it")
+        return self
+
+
+class MixSection(Section):
+    """How contributions become one vector. This version averages; the keys of the other rules hold their defaults."""
+
+    rule: Literal["mean"] = "mean"
+    nnm: Literal[False] = False
+    tolerate: Literal[0] = 0
+    momentum: Literal["none"] = "none"
+    beta: float = Field(0.9, ge=0, lt=1)
+    correction: Literal["none"] = "none"
+    compress: Literal["none"] = "none"
+    schedule: Literal["sync"] = "sync"
+
+
+class NetworkSection(Section):
+    """Times in seconds. None of these changes the result, only how long one waits for whom."""
+
+    staleness: Annotated[int, Field(ge=0)] | Literal["inf"] = 0  # rounds that a neighbour may be behind
+    base_port: int = Field(0, ge=0, le=65535)  # of `up`: node i listens on base_port + i; 0: free ports
+    join_timeout: float = Field(60.0, ge=0)  # how long to wait for the peers before training without them
+    heartbeat: float = Field(1.0, gt=0)  # between two signs of life
+    silence: float = Field(6.0, gt=0)  # without any sign of life a neighbour is no longer waited for
+    patience: float = Field(5.0, gt=0)  # the least time that a living neighbour is given for its round
+
+
+class Fault(Section):
+    """Something that `up` does to its own nodes, so that survival can be watched."""
+
+    kind: Literal["kill"]  # SIGKILL at the start of that round
+    node: int | str  # its number or its name
+    round: int = Field(ge=0)
+
+
+class Experiment(Section):
+    """Everything that a run depends on."""
+
+    seed: int = Field(0, ge=0)
+    topology: TopologySection = TopologySection()
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    train: TrainSection = TrainSection()
+    mix: MixSection = MixSection()
+    network: NetworkSection = NetworkSection()
+    faults: tuple[Fault, ...] = ()
+
+    def agreement(self) -> dict[str, str]:
+        """What all members must have alike, key by key: everything but data, network, faults and the device."""
+        tree = self.model_dump(mode="json", include={"seed", "topology", "model", "train", "mix"})
+        for key in ("device", "checkpoint_every"):
+            del tree["train"][key]
+        if self.topology.file is not None:
+            tree["topology"]["file"] = self.topology.file.name  # where it lies is each node's own affair
+        if self.topology.graph == PEERS and not self.topology.edges and self.topology.file is None:
+            del tree["topology"]["nodes"]  # neighbours are each node's own affair
+        return {key: repr(value) for key, value in flatten(tree).items()}
+
+    def digest(self) -> bytes:
+        """SHA-256 over the agreement: two members can train together only if theirs are equal."""
+        text = "\n".join(f"{key} = {value}" for key, value in sorted(self.agreement().items()))
+        return hashlib.sha256(text.encode()).digest()
+
+    def fault_for(self, name: str) -> Fault | None:
+        """The fault that is meant for this node, if any."""
+        names = self.topology.names
+        for fault in self.faults:
+            if (names[fault.node] if isinstance(fault.node, int) else fault.node) == name:
+                return fault
+        return None
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> Experiment:
+        names = self.topology.names
+        for fault in self.faults:
+            known = fault.node < len(names) if isinstance(fault.node, int) else fault.node in names
+            if not known or (isinstance(fault.node, int) and fault.node < 0):
+                raise ValueError(f"faults: there is no node {fault.node!r}; the nodes are {', '.join(names[:8])}")
+        if self.data.split == "sizes" and len(self.data.sizes) != len(names):
+            raise ValueError(
+                f"data.sizes has {len(self.data.sizes)} numbers for {len(names)} nodes: give one for each node, "
+                'or set data.split = "iid"'
+            )
+        return self
+
+
+# -- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The end of an error message: the nearest known word, or all of them."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+def flatten(tree: Mapping[str, Toml], prefix: str = "") -> dict[str, Toml]:
+    """Nested tables as one, keys joined by dots."""
+    flat: dict[str, Toml] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def builtin_experiments() -> dict[str, Path]:
+    """The experiment files that come with the package: name → file."""
+    folder = Path(str(resources.files("p2pfl.topologies")))
+    return {path.name: path for path in sorted(folder.glob("*.toml"))}
+
+
+def find_experiment(name: str) -> Path:
+    """The file of this path; where there is none, the built-in one of this name. BadInput if neither exists."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    builtin = builtin_experiments()
+    found = builtin.get(path.name) or builtin.get(f"{path.name}.toml")
+    if found is None or path.is_dir():
+        raise BadInput(f"there is no experiment file {name!r}; built in are {', '.join(builtin)}")
+    return found
+
+
+def read_toml(path: Path) -> dict[str, Toml]:
+    """The tables of a TOML file; BadInput with file and line where it is not TOML."""
+    try:
+        tree: dict[str, Toml] = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{path} is not TOML: {error}") from None
+    return tree
+
+
+def apply_setting(tree: dict[str, Toml], setting: str) -> None:
+    """Put one `key.path=value` into the tree; the value is TOML, or a plain word taken as a string."""
+    key, equals, text = setting.partition("=")
+    if not equals or not key.strip():
+        raise BadInput(f"--set {setting!r}: write it as key=value, for example --set train.lr=0.05")
+    try:
+        value: Toml = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *parents, last = key.strip().split(".")
+    table = tree
+    for parent in parents:
+        below = table.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise BadInput(f"--set {setting!r}: {parent} is a value, not a table")
+        table = below
+    table[last] = value
+
+
+def load(
+    path: Path | None = None,
+    settings: Sequence[str] = (),
+    defaults: Mapping[str, Toml] | None = None,
+) -> Experiment:
+    """Read an experiment: `settings` precede the file, the file precedes `defaults`. BadInput says what is wrong."""
+    tree = read_toml(path) if path else dict(defaults or {})
+    if path is not None:
+        for table in ("topology", "data"):  # paths in a file are meant from where the file lies
+            section = tree.get(table, {})
+            for key in ("file", "path"):
+                value = section.get(key) if isinstance(section, dict) else None
+                if isinstance(section, dict) and isinstance(value, str) and not Path(value).is_absolute():
+                    section[key] = str(path.parent / value)
+    for setting in settings:
+        apply_setting(tree, setting)
+    return validate(tree, str(path) if path else "the settings")
+
+
+def validate(tree: Mapping[str, Toml], source: str) -> Experiment:
+    """The experiment that this tree describes; BadInput in one line, with a suggestion for an unknown key."""
+    try:
+        return Experiment.model_validate(tree)
+    except ValidationError as error:
+        raise BadInput(f"{source}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    location = [str(part) for part in first["loc"]]
+    where = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        fields = _fields_at(location[:-1])
+        return f"unknown key {where}{did_you_mean(location[-1], fields)}"
+    if first["type"] == "literal_error" and location[0] == "mix":
+        return f"{where} = {first['input']!r} is not in this version, which has {first['ctx']['expected']}"
+    if first["type"] == "literal_error":
+        return f"{where} = {first['input']!r} is not one of {first['ctx']['expected']}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(first["input"], (dict, Section)) or not where else f" (given: {first['input']!r})"
+    return f"{where}: {message}{given}" if where else message
+
+
+def _fields_at(location: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Experiment
+    for part in location:
+        if part == "faults":
+            model = Fault
+        elif part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                model = annotation
+    return list(model.model_fields)
+
+
+# -- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def to_toml(experiment: Experiment) -> str:
+    """The effective configuration as TOML that `load` reads back to an equal experiment."""
+    tree: dict[str, Toml] = experiment.model_dump(mode="json", exclude_none=True)
+    faults = tree.pop("faults")
+    lines = [f"seed = {tree.pop('seed')}"]
+    for name, section in tree.items():
+        lines.append(f"\n[{name}]")
+        assert isinstance(section, dict)
+        lines += [f"{key} = {_toml_value(value)}" for key, value in section.items()]
+    assert isinstance(faults, list)
+    for fault in faults:
+        assert isinstance(fault, dict)
+        lines.append("\n[[faults]]")
+        lines += [f"{key} = {_toml_value(value)}" for key, value in fault.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Toml) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        case list():
+            return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        case _:
+            return repr(value)

@@ -1,0 +1,372 @@
+"""The whole vocabulary: what peers say, what happens to a node, what a node decides.
+
+Everything here is a frozen value that cannot be built wrong. Nothing here touches a clock, a socket, a file or a
+tensor; a model's parameters travel through these classes as an opaque `object`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+PROTOCOL_VERSION = 1
+NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
+MAX_ROUND = 2**31 - 1
+MAX_EPOCH = 2**53 - 1  # epochs are counted up at every start; 2^53 keeps them exact in any JSON reader
+
+
+# -- Errors, by who is to blame; each is caught in exactly one place -------------------------------------------------
+
+
+class BadInput(Exception):
+    """The user's input is wrong. One line: what is wrong, where, how to mend it. Caught in `cli`, exit code 2."""
+
+
+class TrainingFailed(Exception):
+    """The work could not be finished. One line. Caught in `cli`, exit code 1."""
+
+
+class BadMessage(Exception):
+    """A peer's mistake: counted under `code` and logged by the node, never fatal. Caught in `runtime`."""
+
+    def __init__(self, code: str, why: str) -> None:
+        super().__init__(f"{code}: {why}")
+        self.code = code
+        self.why = why
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it is one (1 to 64 of A-Z a-z 0-9 . _ -); BadInput if not."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise BadInput(f"{name!r} is not a name: use 1 to 64 of the characters A-Z a-z 0-9 . _ -")
+    return name
+
+
+def printable(text: str) -> str:
+    """`text` with every control character escaped, so that a peer cannot write on our terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+# -- The schema of a model's parameters ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One named tensor inside the flat vector."""
+
+    name: str
+    dtype: str  # as safetensors and torch spell it: "float32"
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{'×'.join(map(str, self.shape)) or 'scalar'} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What the flat vector holds, in order (sorted by name). Two nodes can average only if theirs are equal."""
+
+    tensors: tuple[TensorSpec, ...]
+    digest: bytes = field(init=False)  # SHA-256 over names, dtypes and shapes
+
+    def __post_init__(self) -> None:
+        if list(self.tensors) != sorted(self.tensors, key=lambda t: t.name):
+            raise ValueError("the tensors of a schema are sorted by name")
+        text = "\n".join(f"{t.name}\t{t.dtype}\t{t.shape}" for t in self.tensors)
+        object.__setattr__(self, "digest", hashlib.sha256(text.encode()).digest())
+
+    @property
+    def size(self) -> int:
+        """Elements of the flat float32 vector."""
+        return sum(t.size for t in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the flat float32 vector."""
+        return 4 * self.size
+
+
+def difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    """The first differences between two descriptions, in words: "fc.weight is 10×64 float32 here, 12×64 there"."""
+    words = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        here, there = ours.get(key, "absent"), theirs.get(key, "absent")
+        if here != there:
+            words.append(f"{key} is {here} here, {there} there")
+    if not words:
+        return "no difference"
+    more = f" (and {len(words) - 3} more)" if len(words) > 3 else ""
+    return printable("; ".join(words[:3]) + more)
+
+
+# -- What peers say to each other ------------------------------------------------------------------------------------
+# The numbers that these carry on the wire stand in `wire.py`; they are append only.
+
+Channel = Literal["control", "bulk"]
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message on every connection, signed by the member's identity key."""
+
+    protocol: int
+    name: str
+    recipient: str  # whom it is for, so that it cannot be shown to another
+    channel: Channel
+    answer: bool  # False from the side that dialled, True from the side that listens
+    epoch: int  # how often this member has started; the newer process of one identity wins
+    round: int  # the round that it works on
+    mass: float  # its weight in the mean: 1, or a function of its number of samples
+    experiment: bytes  # digest of what all members must agree on
+    schema: bytes  # digest of the parameters' names, dtypes and shapes
+    signature: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Describe:
+    """What stands behind the two digests of a hello, sent when they differ, so that both sides can say how."""
+
+    facts: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """I am alive and work on this round."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Credit: of the update of this round, chunks with an index below `chunks` may be sent."""
+
+    round: int
+    chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Your update of this round was dropped, and why. Information for a log, never an order."""
+
+    round: int
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """I stop taking part after this round; do not wait for me."""
+
+    round: int
+    reason: Literal["finished", "leaving"]
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The head of an update: its signed manifest and the key that opens it. The chunks follow."""
+
+    manifest: bytes
+    signature: bytes
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One sealed piece of the update of `round`."""
+
+    round: int
+    index: int
+    sealed: memoryview | bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """A whole update, verified and opened (when received) or sealed (when sent); never itself on the wire."""
+
+    round: int
+    mass: float  # m_i of the sender
+    reach: float  # sum of the masses in the sender's closed neighbourhood
+    vector: object  # opaque to the node
+
+
+WireMessage = Hello | Describe | Heartbeat | Grant | Refused | Goodbye | Offer | Chunk
+Message = Heartbeat | Goodbye | Update
+
+
+# -- What happens to a node ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp:
+    """The handshake with this peer succeeded."""
+
+    peer: str
+    epoch: int
+    round: int
+    mass: float
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown:
+    """The connection to this peer broke, or was refused."""
+
+    peer: str
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    peer: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Something that was not accepted. `peer` is a member's name, or an address where no member is known."""
+
+    peer: str
+    code: str
+    why: str
+    evidence: tuple[bytes, ...] = ()  # signed manifests that prove it, if any
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a model reaches on the node's own held-out rows: "loss", "accuracy" or the task's own metric."""
+
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """The outcome of mixing: the model after it, and how far apart the neighbours were before it."""
+
+    scores: Scores
+    consensus: float  # L2 distance of the own vector to the mean of the neighbours' vectors, before mixing
+    mix_seconds: float
+    evaluate_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The outcome of one round of local training: the model before mixing."""
+
+    train_loss: float
+    scores: Scores
+    train_seconds: float
+    evaluate_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """`Compute` is done. `folded` belongs to the round before, `trained` and `update` to `round`."""
+
+    round: int
+    folded: Folded | None  # None before the first round
+    trained: Trained | None  # None after the last round
+    update: object | None  # the sealed update, opaque to the node
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The user asked to stop: say goodbye and end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The deadline that the node asked for has come."""
+
+
+Event = LinkUp | LinkDown | Received | Rejected | Computed | Leave | Tick
+
+
+# -- What a node decides ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """To each of these peers, now or never: sending does not wait."""
+
+    peers: tuple[str, ...]
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """A neighbour's vector and its weight in the mean; the rest of the weight stays with oneself."""
+
+    peer: str
+    round: int
+    weight: float
+    vector: object
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Fold these contributions into the own vector, then (if `train`) train for `round` and seal the outcome."""
+
+    round: int
+    contributions: tuple[Contribution, ...]  # sorted by peer
+    mass: float  # goes into the signed manifest
+    reach: float  # goes into the signed manifest
+    train: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    """Close the links to this peer and let it in again after `seconds`."""
+
+    peer: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """The state after this round is worth keeping."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundEnded:
+    """Everything that the core knows of a finished round; the driver adds seconds and bytes."""
+
+    round: int
+    trained: Trained
+    folded: Folded
+    merged: tuple[str, ...]
+    missing: tuple[str, ...]
+    wait_seconds: float
+
+
+Value = str | int | float | tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """One line of events.jsonl: "joined", "waiting", "rejected", "left", "died", "finished" …"""
+
+    event: str
+    fields: Mapping[str, Value]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    entry: RoundEnded | Happened
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Nothing more to do. `finished` is False where the rounds were not completed."""
+
+    finished: bool
+
+
+Effect = Send | Compute | Disconnect | Save | Record | Done
