@@ -85,6 +85,7 @@ class DataSection(Section):
     name: str = "breast_cancer"  # breast_cancer | digits | csv | module:function
     path: Path | None = None  # of the CSV file
     target: str | None = None  # its column to predict
+    classes: tuple[str, ...] = ()  # the labels in order, so that nodes whose files lack one number them alike
     split: Literal["iid", "sizes", "dirichlet", "shards"] = "iid"
     alpha: float = Field(0.5, gt=0)  # dirichlet: small is skewed; 0.1 leaves most nodes with two or three classes
     sizes: tuple[Annotated[float, Field(gt=0)], ...] = ()  # sizes: shares of the rows, in the order of the nodes
@@ -146,6 +147,7 @@ class NetworkSection(Section):
     join_timeout: float = Field(60.0, ge=0)  # how long to wait for the peers before training without them
     heartbeat: float = Field(1.0, gt=0)  # between two signs of life
     silence: float = Field(6.0, gt=0)  # without any sign of life a neighbour is no longer waited for
+    grace: float = Field(1.0, ge=0)  # how long a broken link may take to come back before one goes on without the peer
     patience: float = Field(5.0, gt=0)  # the least time that a living neighbour is given for its round
 
 

@@ -125,6 +125,7 @@ class Hello:
     epoch: int  # how often this member has started; the newer process of one identity wins
     round: int  # the round that it works on
     mass: float  # its weight in the mean: 1, or a function of its number of samples
+    seen: int  # the newest round of which it has the recipient's update; -1: none
     experiment: bytes  # digest of what all members must agree on
     schema: bytes  # digest of the parameters' names, dtypes and shapes
     signature: bytes = b""
@@ -162,9 +163,9 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Goodbye:
-    """I stop taking part after this round; do not wait for me."""
+    """I stop taking part; do not wait for me."""
 
-    round: int
+    round: int  # updates of rounds below this one were sent
     reason: Literal["finished", "leaving"]
 
 
@@ -211,6 +212,7 @@ class LinkUp:
     epoch: int
     round: int
     mass: float
+    seen: int  # the newest round of which the peer has our update; -1: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +331,7 @@ class Disconnect:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """The state after this round is worth keeping."""
+    """Keep the state as it is once `Compute` of this round has folded, before it trains: one can go on from there."""
 
     round: int
 

@@ -1,0 +1,60 @@
+"""What a peer's mistakes cost it: counts, a limit on log lines, quarantine. Pure bookkeeping; never touches a link.
+
+Every mistake is counted under its code. Of the same peer and code, one line a second is logged and says how many were
+left out. Mistakes that no accident explains exclude their maker for ten minutes, doubling each time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LOG_INTERVAL = 1.0  # seconds between two log lines of one peer and code
+FIRST_QUARANTINE = 600.0  # seconds
+MAX_ENTRIES = 1024  # peers and codes remembered for the log limit; strangers can invent addresses without end
+
+# How many times before quarantine. What the network or an old program can cause is counted, never punished.
+STRIKES = {
+    "equivocation": 1,  # two different updates signed for one round
+    "bad_signature": 1,  # another's update passed off as one's own; the link's encryption rules out an accident
+    "bad_value": 3,  # NaN or an absurd norm can be a training run gone wrong, once
+    "bad_mass": 1,  # another weight than it announced, or than the experiment allows
+    "flood": 1,  # a message without end
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    log: bool  # whether this one gets a line
+    suppressed: int  # how many got none since the last line
+    quarantine: float  # seconds of exclusion; 0: none
+
+
+class Conduct:
+    """The ledger of everybody's mistakes, kept by one node."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}  # code → how many, over all peers
+        self._logged: dict[tuple[str, str], tuple[float, int]] = {}  # (peer, code) → when, and left out since
+        self._strikes: dict[tuple[str, str], int] = {}
+        self._quarantines: dict[str, int] = {}
+
+    def rejected(self, peer: str, code: str, now: float) -> Verdict:
+        """Count one mistake of `peer` at time `now` (seconds, monotonic) and say what follows from it."""
+        self.counts[code] = self.counts.get(code, 0) + 1
+        when, left_out = self._logged.get((peer, code), (-LOG_INTERVAL, 0))
+        log = now - when >= LOG_INTERVAL
+        if len(self._logged) >= MAX_ENTRIES and (peer, code) not in self._logged:
+            del self._logged[next(iter(self._logged))]  # the oldest
+        self._logged[peer, code] = (now, 0) if log else (when, left_out + 1)
+        return Verdict(log, left_out if log else 0, self._quarantine(peer, code))
+
+    def _quarantine(self, peer: str, code: str) -> float:
+        if code not in STRIKES:
+            return 0.0
+        strikes = self._strikes.get((peer, code), 0) + 1
+        self._strikes[peer, code] = strikes % STRIKES[code]
+        if strikes < STRIKES[code]:
+            return 0.0
+        before = self._quarantines.get(peer, 0)
+        self._quarantines[peer] = before + 1
+        return FIRST_QUARANTINE * 2.0**before

@@ -1,0 +1,224 @@
+"""Messages as bytes, and back.
+
+One message is one pair of frames: a header (a msgpack map of at most 64 KiB with string keys and scalar values) and a
+body (raw bytes: a manifest, a sealed chunk, or nothing). Tensors never pass through msgpack.
+
+What comes in is not trusted: its size is checked before it is parsed, and every key, type and range before a message
+is built from it. Whatever is wrong raises BadMessage; nothing else is ever raised, and nothing is ever half accepted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NoReturn, get_args
+
+import msgpack
+
+from p2pfl.messages import (
+    MAX_EPOCH,
+    MAX_ROUND,
+    NAME_PATTERN,
+    PROTOCOL_VERSION,
+    BadMessage,
+    Channel,
+    Chunk,
+    Describe,
+    Goodbye,
+    Grant,
+    Heartbeat,
+    Hello,
+    Offer,
+    Refused,
+    WireMessage,
+)
+
+MAX_HEADER = 64 * 1024  # bytes
+MAX_MANIFEST = 4 * 1024  # bytes
+CHUNK = 1 << 20  # bytes of parameters in one chunk
+TAG = 16  # bytes that sealing adds to a chunk
+MAX_FRAME = CHUNK + TAG  # bytes; larger frames are refused by the socket itself
+MAX_FACTS = 48 * 1024  # bytes of a description, well below MAX_HEADER
+MAX_FACT = 400  # characters of one value in a description
+
+Field = str | int | float | bool | bytes | Mapping[str, str]
+Check = Callable[[object], bool]
+
+
+# -- What each field must be -----------------------------------------------------------------------------------------
+
+
+def _integer(low: int, high: int) -> Check:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _bytes(size: int) -> Check:
+    return lambda value: type(value) is bytes and len(value) == size
+
+
+def _word(*words: str) -> Check:
+    return lambda value: value in words
+
+
+def _name(value: object) -> bool:
+    return isinstance(value, str) and NAME_PATTERN.fullmatch(value) is not None
+
+
+def _positive(value: object) -> bool:
+    return type(value) is float and 0 < value < math.inf
+
+
+def _flag(value: object) -> bool:
+    return type(value) is bool
+
+
+def _facts(value: object) -> bool:
+    return isinstance(value, dict) and all(type(v) is str for v in value.values())
+
+
+_ROUND = _integer(0, MAX_ROUND)
+
+# Type numbers are append only: a number that was once used never gets another meaning.
+_TYPES: dict[int, tuple[type[WireMessage], dict[str, Check]]] = {
+    1: (
+        Hello,
+        {
+            "protocol": _integer(0, 2**16),
+            "name": _name,
+            "recipient": _name,
+            "channel": _word(*get_args(Channel)),
+            "answer": _flag,
+            "epoch": _integer(1, MAX_EPOCH),
+            "round": _ROUND,
+            "mass": _positive,
+            "seen": _integer(-1, MAX_ROUND),
+            "experiment": _bytes(32),
+            "schema": _bytes(32),
+            "signature": _bytes(64),
+        },
+    ),
+    2: (Describe, {"facts": _facts}),
+    3: (Heartbeat, {"round": _ROUND}),
+    4: (Grant, {"round": _ROUND, "chunks": _integer(1, 2**31)}),
+    5: (Refused, {"round": _ROUND, "code": _name}),
+    6: (Goodbye, {"round": _ROUND, "reason": _word("finished", "leaving")}),
+    16: (Offer, {"signature": _bytes(64), "key": _bytes(32)}),
+    17: (Chunk, {"round": _ROUND, "index": _integer(0, 2**31)}),
+}
+_NUMBERS = {kind: number for number, (kind, _) in _TYPES.items()}
+_BODIES = {Offer: "manifest", Chunk: "sealed"}  # the field that travels as the body
+_BODY_LIMITS = {Offer: MAX_MANIFEST, Chunk: CHUNK + TAG}
+
+
+# -- Encode ----------------------------------------------------------------------------------------------------------
+
+
+def encode(message: WireMessage) -> tuple[bytes, memoryview | bytes]:
+    """The two frames of a message."""
+    kind = type(message)
+    _, checks = _TYPES[_NUMBERS[kind]]
+    header: dict[str, Field] = {"type": _NUMBERS[kind]}
+    for key in checks:
+        header[key] = getattr(message, key)
+    if isinstance(message, Describe):
+        header["facts"] = _shortened(message.facts)
+    body = getattr(message, _BODIES[kind]) if kind in _BODIES else b""
+    return pack(header), body
+
+
+def _shortened(facts: Mapping[str, str]) -> dict[str, str]:
+    """As many facts as fit into a header, in order; long values are cut, so a difference beyond may go unsaid."""
+    short: dict[str, str] = {}
+    room = MAX_FACTS
+    for key, value in facts.items():
+        room -= len(key.encode()) + 4 * min(len(value), MAX_FACT) + 16
+        if room < 0:
+            break
+        short[key] = value if len(value) <= MAX_FACT else value[: MAX_FACT - 1] + "…"
+    return short
+
+
+def pack(fields: Mapping[str, Field]) -> bytes:
+    """A map as msgpack, without extension types."""
+    packed: bytes = msgpack.packb(fields, use_bin_type=True)
+    return packed
+
+
+# -- Decode ----------------------------------------------------------------------------------------------------------
+
+
+def decode(header: memoryview | bytes, body: memoryview | bytes) -> WireMessage:
+    """The message that these two frames are; BadMessage if they are none.
+
+    The body is not copied: a chunk's `sealed` is the frame itself.
+    """
+    if len(header) > MAX_HEADER:
+        raise BadMessage("too_large", f"a header of {len(header)} bytes; at most {MAX_HEADER} are read")
+    fields = unpack(header)
+    number = fields.pop("type", None)
+    if type(number) is not int or number not in _TYPES:
+        raise BadMessage("unknown_type", f"message type {str(number)[:20]!r} is not known")
+    kind, checks = _TYPES[number]
+    if kind is Hello and fields.get("protocol") != PROTOCOL_VERSION:
+        raise BadMessage("version_mismatch", f"ours={PROTOCOL_VERSION} theirs={str(fields.get('protocol'))[:20]}")
+    check_fields(kind.__name__, fields, checks)
+    limit = _BODY_LIMITS.get(kind, 0)
+    if len(body) > limit or (limit and not len(body)):
+        raise BadMessage("bad_body", f"{kind.__name__} with a body of {len(body)} bytes; 1 to {limit} are allowed")
+    if kind is Offer:
+        fields["manifest"] = bytes(body)
+    elif kind is Chunk:
+        fields["sealed"] = body
+    message: WireMessage = kind(**fields)  # type: ignore[arg-type]  # each field was checked above
+    return message
+
+
+def check_fields(what: str, fields: Mapping[str, object], checks: Mapping[str, Check]) -> None:
+    """BadMessage unless `fields` has exactly the keys of `checks`, each with a value that passes."""
+    for key in fields:
+        if key not in checks:
+            raise BadMessage("bad_header", f"{what} has the unknown key {key[:40]!r}")
+    for key, passes in checks.items():
+        if key not in fields:
+            raise BadMessage("bad_header", f"{what} lacks {key}")
+        if not passes(fields[key]):
+            raise BadMessage("bad_header", f"{what}.{key} is {str(fields[key])[:40]!r}")
+
+
+def unpack(data: memoryview | bytes) -> dict[str, object]:
+    """A msgpack map with distinct string keys; BadMessage for anything else, whatever its size claims."""
+    size = len(data)
+    try:
+        # No container can hold more elements than there are bytes, so a claimed 2^32 elements allocates nothing.
+        value = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            object_pairs_hook=_distinct,
+            ext_hook=_no_extension,
+            max_str_len=size,
+            max_bin_len=size,
+            max_array_len=size,
+            max_map_len=size,
+            max_ext_len=0,
+        )
+    except (ValueError, msgpack.UnpackException) as error:
+        raise BadMessage("bad_header", f"not msgpack as it is spoken here: {str(error)[:80]}") from None
+    if not isinstance(value, dict):
+        raise BadMessage("bad_header", f"a header is a map, this is a {type(value).__name__}")
+    return value
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields: dict[str, object] = {}
+    for key, value in pairs:
+        if type(key) is not str:
+            raise ValueError(f"a key that is no string: {str(key)[:40]!r}")
+        if key in fields:
+            raise ValueError(f"the key {key[:40]!r} twice")
+        fields[key] = value
+    return fields
+
+
+def _no_extension(code: int, data: bytes) -> NoReturn:
+    raise ValueError(f"extension type {code}")
