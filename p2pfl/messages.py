@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 PROTOCOL_VERSION = 1
-NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")  # no "..", no "-option"
 MAX_ROUND = 2**31 - 1
 MAX_EPOCH = 2**53 - 1  # epochs are counted up at every start; 2^53 keeps them exact in any JSON reader
 
@@ -40,9 +40,9 @@ class BadMessage(Exception):
 
 
 def check_name(name: str) -> str:
-    """Return `name` if it is one (1 to 64 of A-Z a-z 0-9 . _ -); BadInput if not."""
+    """Return `name` if it is one (1 to 64 of A-Z a-z 0-9 . _ -, not led by . or -); BadInput if not."""
     if not NAME_PATTERN.fullmatch(name):
-        raise BadInput(f"{name!r} is not a name: use 1 to 64 of the characters A-Z a-z 0-9 . _ -")
+        raise BadInput(f"{name!r} is not a name: use 1 to 64 of A-Z a-z 0-9 . _ - and begin with none of . and -")
     return name
 
 
@@ -125,7 +125,8 @@ class Hello:
     epoch: int  # how often this member has started; the newer process of one identity wins
     round: int  # the round that it works on
     mass: float  # its weight in the mean: 1, or a function of its number of samples
-    seen: int  # the newest round of which it has the recipient's update; -1: none
+    seen: int  # the newest round of which it has the recipient's update; -1: none …
+    seen_epoch: int  # … of this epoch of the recipient
     experiment: bytes  # digest of what all members must agree on
     schema: bytes  # digest of the parameters' names, dtypes and shapes
     signature: bytes = b""
@@ -237,6 +238,7 @@ class Rejected:
     code: str
     why: str
     evidence: tuple[bytes, ...] = ()  # signed manifests that prove it, if any
+    round: int = -1  # of the update that is lost by it, so that nobody waits for it; -1: none
 
 
 @dataclass(frozen=True, slots=True)

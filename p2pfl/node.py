@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from p2pfl.conduct import FIRST_QUARANTINE, Conduct
+from p2pfl.conduct import Conduct
 from p2pfl.messages import (
     BadMessage,
     Compute,
@@ -231,7 +231,6 @@ class Node:
     def _link_up(self, event: LinkUp, now: float, effects: list[Effect]) -> None:
         if self.settings.equal_masses and event.mass != 1.0:
             self._rejected(Rejected(event.peer, "bad_mass", f"it claims {event.mass} where all weigh 1"), now, effects)
-            effects.append(Disconnect(event.peer, FIRST_QUARANTINE))
             return
         if event.peer not in self.neighbours:
             if not self.settings.open:
@@ -308,6 +307,9 @@ class Node:
 
     def _rejected(self, event: Rejected, now: float, effects: list[Effect]) -> None:
         verdict = self.conduct.rejected(event.peer, event.code, now)
+        if event.peer in self.neighbours:
+            neighbour = self.neighbours[event.peer]
+            neighbour.heard = max(neighbour.heard, event.round)
         if verdict.log:
             fields: dict[str, Value] = {"peer": event.peer, "code": event.code, "why": event.why}
             if verdict.suppressed:
@@ -315,11 +317,12 @@ class Node:
             if event.evidence:
                 fields["evidence"] = tuple(item.hex() for item in event.evidence)
             effects.append(Record(Happened("rejected", fields)))
-        neighbour = self.neighbours.get(event.peer)
-        if verdict.quarantine and neighbour is not None:
-            neighbour.linked = False
-            neighbour.down_since = -math.inf  # no grace: it is not waited for
-            neighbour.updates.clear()
+        if verdict.quarantine:
+            if event.peer in self.neighbours:
+                neighbour = self.neighbours[event.peer]
+                neighbour.linked = False
+                neighbour.down_since = -math.inf  # no grace: it is not waited for
+                neighbour.updates.clear()
             effects.append(Disconnect(event.peer, verdict.quarantine))
             effects.append(_happened("quarantined", peer=event.peer, code=event.code, seconds=verdict.quarantine))
 

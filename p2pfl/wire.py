@@ -92,6 +92,7 @@ _TYPES: dict[int, tuple[type[WireMessage], dict[str, Check]]] = {
             "round": _ROUND,
             "mass": _positive,
             "seen": _integer(-1, MAX_ROUND),
+            "seen_epoch": _integer(0, MAX_EPOCH),
             "experiment": _bytes(32),
             "schema": _bytes(32),
             "signature": _bytes(64),

@@ -1,0 +1,433 @@
+"""Real time: one loop over the node's effects, one thread that computes.
+
+The loop waits for the link, for the compute thread and for signals; hands each event to the node; performs what the
+node returns. It decides nothing. The compute thread owns the learner and the sealer: jobs go in, outcomes come out,
+and no object is used on both sides at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from p2pfl import checkpoint
+from p2pfl.config import Experiment
+from p2pfl.data import Part
+from p2pfl.envelope import Lease, Sealed, Sealer
+from p2pfl.identity import Identity, Roster
+from p2pfl.learner import Learner, make_learner
+from p2pfl.link import Greeting, Link
+from p2pfl.messages import (
+    BadMessage,
+    Compute,
+    Computed,
+    Disconnect,
+    Done,
+    Effect,
+    Event,
+    Folded,
+    Happened,
+    Leave,
+    Received,
+    Record,
+    Rejected,
+    RoundEnded,
+    Save,
+    Send,
+    Tick,
+    Trained,
+    TrainingFailed,
+    Update,
+    Value,
+)
+from p2pfl.mixing import check_vector, distance_to_mean, fold
+from p2pfl.node import Node, Settings
+from p2pfl.records import Line, NodeRecords, event_line, round_line
+from p2pfl.weights import mass
+
+DRAIN = 10.0  # seconds that a finished node stays to hand over its last update
+LINGER = 2.0  # seconds that the sockets are given to send what they hold
+NORMS = 64  # accepted vectors whose median norm is the usual one
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one job of the compute thread gave."""
+
+    computed: Computed
+    norm: float  # L2 norm of the own vector
+    happened: Happened | None  # about a checkpoint
+
+
+class Worker:
+    """Folds, evaluates, trains, seals: everything heavy, in the order of a round. Used by one thread at a time."""
+
+    def __init__(self, learner: Learner, sealer: Sealer, name: str, folder: Path, experiment: bytes) -> None:
+        self._learner = learner
+        self._sealer = sealer
+        self._name = name
+        self._folder = folder  # of the checkpoints
+        self._experiment = experiment
+
+    def compute(self, job: Compute, save: bool) -> Outcome:
+        """Perform one `Compute`: mix what was collected, evaluate, then train for the round, evaluate and seal."""
+        learner = self._learner
+        folded, trained, update = None, None, None
+        if job.round > 0:
+            folded = self._fold(job)
+        happened = self._save(job.round) if save else None
+        if job.train:
+            begin = time.perf_counter()
+            loss = learner.train(job.round)
+            trained_at = time.perf_counter()
+            scores = learner.evaluate()
+            trained = Trained(loss, scores, trained_at - begin, time.perf_counter() - trained_at)
+        norm = self._own_norm()
+        if job.train:
+            update = self._seal(job)
+        return Outcome(Computed(job.round, folded, trained, update), norm, happened)
+
+    def _fold(self, job: Compute) -> Folded:
+        learner, vector = self._learner, self._learner.vector
+        begin = time.perf_counter()
+        terms = [(c.peer, c.weight, as_tensor(c.vector).to(vector.device)) for c in job.contributions]
+        consensus = distance_to_mean(vector, [term for _, _, term in terms])
+        fold(vector, terms, self._name, out=vector)
+        mixed_at = time.perf_counter()
+        scores = learner.evaluate()
+        return Folded(scores, consensus, mixed_at - begin, time.perf_counter() - mixed_at)
+
+    def _own_norm(self) -> float:
+        try:
+            return check_vector(self._learner.vector, None)
+        except BadMessage as error:  # what we would refuse from others, we do not send
+            raise TrainingFailed(f"the own model is no longer usable: {error.why}; lower train.lr") from None
+
+    def _seal(self, job: Compute) -> Sealed:
+        host = self._learner.vector.detach().cpu().numpy()
+        return self._sealer.seal(host.data, job.round, job.mass, job.reach)
+
+    def _save(self, round: int) -> Happened:
+        try:
+            state = checkpoint.Checkpoint(round, self._learner.state())
+            checkpoint.write(self._folder, state, self._experiment)
+        except OSError as error:  # a full disk is no reason to stop training
+            return Happened("checkpoint_failed", {"round": round, "why": str(error.strerror)})
+        return Happened("checkpoint", {"round": round})
+
+    def write_model(self, path: Path) -> None:
+        """The model as it is now, with the names of the module's state_dict."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.tmp")
+        save_file(self._learner.named_tensors(self._learner.vector), draft)
+        draft.replace(path)
+
+
+def as_tensor(vector: object) -> Tensor:
+    """The float32 view of an opened update; valid as long as the lease is held."""
+    assert isinstance(vector, Lease)
+    return torch.frombuffer(vector.view, dtype=torch.float32)
+
+
+class Runtime:
+    """One participant, alive. `run` returns when its rounds are done, or it was asked to leave."""
+
+    def __init__(
+        self,
+        node: Node,
+        link: Link,
+        worker: Worker,
+        records: NodeRecords,
+        epoch: int,
+        norm: float,
+        observe: Callable[[Line], None],
+        before_round: Callable[[int], None],
+    ) -> None:
+        """`observe` is told each line that is recorded; `norm` is the L2 norm of the initial vector."""
+        self.node = node
+        self.link = link
+        self._worker = worker
+        self._records = records
+        self._epoch = epoch
+        self._observe = observe
+        self._before_round = before_round
+        self._norms: deque[float] = deque([norm] if norm else [], maxlen=NORMS)
+        self._own_norm = norm
+        self._last_norms: dict[str, float] = {}
+        self._save_next = False
+        self._finished: bool | None = None
+        self._pending: Future[Outcome] | None = None
+        self._round_began = time.monotonic()
+        self._bytes = (0, 0)
+        self._read_end, self._write_end = os.pipe()  # one byte for each thing that the loop must look at
+        os.set_blocking(self._write_end, False)
+        os.set_blocking(self._read_end, False)
+        self._asked_to_leave = False
+        self._leave_told = False
+        self._new_roster: Callable[[], Roster] | None = None
+        self._roster_changed = False
+
+    # -- From outside ------------------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Ask the node to say goodbye and end. Safe in a signal handler."""
+        self._asked_to_leave = True
+        self._wake()
+
+    def reload_roster_with(self, read: Callable[[], Roster]) -> None:
+        """How to read the roster again, when `roster_changed` is called."""
+        self._new_roster = read
+
+    def roster_changed(self) -> None:
+        """Ask to read the roster again. Safe in a signal handler."""
+        self._roster_changed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._write_end, b"!")
+        except BlockingIOError:
+            return  # the pipe is full of reasons to wake up already
+
+    # -- The loop ----------------------------------------------------------------------------------------------------
+
+    def run(self, lifeline: int | None = None) -> bool:
+        """Take part until done; True if all rounds were finished. When `lifeline` closes, the process ends at once."""
+        with ExitStack() as stack:
+            stack.callback(self._records.close)
+            stack.callback(os.close, self._read_end)
+            stack.callback(os.close, self._write_end)
+            stack.callback(self.link.close, LINGER)
+            threads = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute"))
+            self.link.watch(self._read_end)
+            if lifeline is not None:
+                self.link.watch(lifeline)
+            self._round_began = time.monotonic()
+            self._handle(Tick(), threads)
+            while self._finished is None:
+                self._turn(threads, lifeline)
+            if self._finished:
+                self._worker.write_model(self._records.model)
+            self._drain()
+            return self._finished
+
+    def _turn(self, threads: ThreadPoolExecutor, lifeline: int | None) -> None:
+        deadline = min(self.link.deadline, self.node.deadline or self.link.deadline)
+        events, ready = self.link.poll(deadline - time.monotonic())
+        if lifeline in ready:
+            os._exit(1)  # whoever started us is gone; nothing is left to be told or tidied
+        for event in events:
+            self._handle(self._checked(event), threads)
+        if self._read_end in ready:
+            os.read(self._read_end, 4096)
+            self._look_around(threads)
+        if self.node.deadline is not None and time.monotonic() >= self.node.deadline:
+            self._handle(Tick(), threads)
+
+    def _look_around(self, threads: ThreadPoolExecutor) -> None:
+        if self._pending is not None and self._pending.done():
+            outcome, self._pending = self._pending.result(), None
+            self._own_norm = outcome.norm
+            if outcome.happened is not None:
+                self._write(event_line(outcome.happened, t=time.time(), node=self.node.settings.name), event=True)
+            self._handle(outcome.computed, threads)
+        if self._asked_to_leave and not self._leave_told:
+            self._leave_told = True
+            self._handle(Leave(), threads)
+        if self._roster_changed and self._new_roster is not None:
+            self._roster_changed = False
+            self.link.replace_roster(self._new_roster())
+
+    def _handle(self, event: Event, threads: ThreadPoolExecutor) -> None:
+        for effect in self.node.handle(event, time.monotonic()):
+            self._perform(effect, threads)
+
+    def _perform(self, effect: Effect, threads: ThreadPoolExecutor) -> None:
+        match effect:
+            case Send(peers, Update(vector=sealed) as update):
+                self.link.send(peers, Update(update.round, update.mass, update.reach, sealed))
+            case Send(peers, message):
+                self.link.send(peers, message)
+            case Save():
+                self._save_next = True
+            case Compute():
+                self._before_round(effect.round)
+                self.link.round = effect.round
+                self._pending = threads.submit(self._worker.compute, effect, self._save_next)
+                self._save_next = False
+                self._pending.add_done_callback(lambda _: self._wake())
+            case Disconnect(peer, seconds):
+                self.link.disconnect(peer, seconds)
+            case Record(RoundEnded() as ended):
+                self._round_ended(ended)
+            case Record(Happened() as happened):
+                self._write(event_line(happened, t=time.time(), node=self.node.settings.name), event=True)
+            case Done(finished):
+                self._finished = finished
+
+    def _drain(self) -> None:
+        until = time.monotonic() + DRAIN
+        while not self.link.idle and time.monotonic() < until:
+            self.link.poll(until - time.monotonic())
+
+    # -- What may be averaged ----------------------------------------------------------------------------------------
+
+    def _checked(self, event: Event) -> Event:
+        """The event itself, or what becomes of an update whose numbers cannot be averaged."""
+        match event:
+            case Received(peer, Update(round, _, _, vector)):
+                try:
+                    usual = statistics.median(self._norms) if self._norms else None
+                    norm = check_vector(as_tensor(vector), usual)
+                except BadMessage as error:
+                    return Rejected(peer, error.code, error.why, round=round)
+                self._norms.append(norm)
+                self._look_twice(peer, round, norm)
+        return event
+
+    def _look_twice(self, peer: str, round: int, norm: float) -> None:
+        """Lawful, but telling: a model of zeros, our own, or the same one again (two norms do not agree by chance)."""
+        again = self._last_norms.get(peer) == norm
+        self._last_norms[peer] = norm
+        why = ""
+        if norm == 0.0:
+            why = "a model of zeros"
+        elif norm == self._own_norm:
+            why = "our own model"
+        elif again:
+            why = "the same model as before"
+        if why:
+            fields: dict[str, Value] = {"peer": peer, "round": round, "why": why}
+            line = event_line(Happened("suspicious", fields), t=time.time(), node=self.node.settings.name)
+            self._write(line, event=True)
+
+    # -- Records -----------------------------------------------------------------------------------------------------
+
+    def _round_ended(self, ended: RoundEnded) -> None:
+        now = time.monotonic()
+        sent, received = self.link.bytes_sent, self.link.bytes_received
+        line = round_line(
+            ended,
+            t=time.time(),
+            node=self.node.settings.name,
+            epoch=self._epoch,
+            total_seconds=now - self._round_began,
+            sent=sent - self._bytes[0],
+            received=received - self._bytes[1],
+        )
+        self._round_began, self._bytes = now, (sent, received)
+        self._write(line, event=False)
+
+    def _write(self, line: Line, event: bool) -> None:
+        if event:
+            self._records.append_event(line)
+        else:
+            self._records.append_metrics(line)
+        self._observe(line)
+
+
+# -- Building it all -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """An address to connect to, and who lives there if that is known."""
+
+    address: str
+    name: str | None = None
+
+
+def assemble(
+    experiment: Experiment,
+    identity: Identity,
+    roster: Roster,
+    epoch: int,
+    part: Part,
+    neighbours: Sequence[str],
+    dials: Sequence[Dial],
+    listen: str | None,
+    records: NodeRecords,
+    *,
+    open_to_all: bool,
+    resume: bool,
+    observe: Callable[[Line], None],
+    before_round: Callable[[int], None] = lambda round: None,
+) -> Runtime:
+    """Build and connect everything of one participant: this function is the architecture.
+
+    `neighbours` are those known by name; with `open_to_all` whoever of the roster connects is one too. The node
+    listens at once and dials when it runs. BadInput for whatever cannot be built.
+    """
+    learner = make_learner(experiment, part, identity.name)
+    agreed = experiment.digest()
+    found = checkpoint.read(records.checkpoint, agreed) if resume else None
+    if found is not None:
+        learner.restore(found.tensors)
+    own_mass = mass(experiment.topology.weights, learner.samples)
+    network = experiment.network
+    settings = Settings(
+        name=identity.name,
+        rounds=experiment.train.rounds,
+        neighbours=tuple(sorted(neighbours)),
+        unnamed=sum(dial.name is None for dial in dials),
+        open=open_to_all,
+        mass=own_mass,
+        equal_masses=experiment.topology.weights == "metropolis",
+        checkpoint_every=experiment.train.checkpoint_every,
+        staleness=float(network.staleness),
+        join_timeout=network.join_timeout,
+        heartbeat=network.heartbeat,
+        silence=network.silence,
+        grace=network.grace,
+        patience=network.patience,
+        first_round=found.round if found is not None else 0,
+    )
+    node = Node(settings, time.monotonic())
+    greeting = Greeting(
+        experiment=agreed,
+        schema=learner.schema.digest,
+        size=learner.schema.nbytes,
+        mass=own_mass,
+        facts=_facts(experiment, learner),
+    )
+    link = Link(identity, roster, epoch, greeting, node.check_offer, listen)
+    sealer = Sealer(identity, agreed, learner.schema.digest, learner.schema.nbytes, epoch)
+    worker = Worker(learner, sealer, identity.name, records.checkpoint, agreed)
+    norm = check_vector(learner.vector, None)
+    for dial in dials:
+        link.dial(dial.address, () if dial.name is None else (dial.name,))
+    return Runtime(node, link, worker, records, epoch, norm, observe, before_round)
+
+
+def _facts(experiment: Experiment, learner: Learner) -> Mapping[str, str]:
+    return experiment.agreement() | {tensor.name: str(tensor) for tensor in learner.schema.tensors}
+
+
+def leave_on_signals(runtime: Runtime) -> None:
+    """Ctrl-C or SIGTERM: leave gracefully; a second time: stop now (exit code 130). SIGHUP: read the roster again."""
+    asked = False
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            os._exit(130)
+        asked = True
+        runtime.leave()
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda _number, _frame: runtime.roster_changed())

@@ -1,0 +1,347 @@
+"""A whole topology as processes on this machine: real nodes, real sockets, throw-away identities.
+
+The parent imports everything once and forks a process for each node, which is quick and shares the memory of what was
+imported. A socket pair joins each child with the parent: the child reports lines through it, and when the parent is
+gone, however it ended, the pair breaks and the child ends at once. No node takes orders from the parent about rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import networkx as nx
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from p2pfl import topology
+from p2pfl.analysis import consensus_distance
+from p2pfl.config import Experiment, to_toml
+from p2pfl.data import load_part
+from p2pfl.identity import Identity, Member, Roster
+from p2pfl.learner import make_learner
+from p2pfl.messages import BadInput, Schema, TrainingFailed
+from p2pfl.records import Json, Line, Run, inside, summarise, write_json, write_text
+from p2pfl.runtime import assemble, leave_on_signals
+from p2pfl.weights import mass
+
+HOST = "127.0.0.1"
+LEAVE_SECONDS = 5.0  # that nodes are given to end after they were asked to, before they are killed
+READ_BYTES = 65536
+
+
+@dataclass(slots=True)
+class Child:
+    """One node process, as its parent sees it."""
+
+    name: str
+    pid: int
+    pipe: socket.socket
+    buffer: bytes = b""
+    address: str | None = None
+    last_metrics: Line = field(default_factory=dict)
+    outcome: Line | None = None  # its last words: finished, rejected, bytes
+    error: str = ""
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    summary: Line
+    failed_by_itself: tuple[str, ...]  # nodes that did not finish although nobody killed them
+    errors: Mapping[str, str]
+
+
+def up(
+    experiment: Experiment,
+    run: Run,
+    observe: Callable[[Line], None],
+    stop_requested: Callable[[], int],
+) -> Outcome:
+    """Run the experiment to its end. `observe` is told every line that a node records, as it comes.
+
+    `stop_requested` says how often the user asked to stop: once, the nodes leave; twice, they are killed. BadInput for
+    what is wrong with the experiment, before any process is started.
+    """
+    if not hasattr(os, "fork"):
+        raise BadInput("`p2pfl up` needs a system that can fork (Linux, macOS); start `p2pfl node` once for each node")
+    began = time.monotonic()
+    graph = topology.build(experiment.topology, experiment.seed)
+    names = tuple(graph.nodes)
+    torch.set_num_threads(1)  # here already: a parent whose torch has started threads must not fork
+    parts = [load_part(experiment, index) for index in range(len(names))]
+    masses = {n: mass(experiment.topology.weights, len(p.train)) for n, p in zip(names, parts, strict=True)}
+    write_text(run.experiment, to_toml(experiment))
+    write_json(run.topology, _json(topology.node_link(graph, masses)))
+    identities = [Identity.generate(name) for name in names]
+    roster = Roster(tuple(Member(identity.card) for identity in identities))
+
+    children: list[Child] = []
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for index, name in enumerate(names):
+            ours, theirs = socket.socketpair()
+            pid = os.fork()
+            if pid == 0:
+                for pipe in (ours, *(child.pipe for child in children)):
+                    pipe.close()  # or the children would keep each other's pairs alive
+                _run_child(experiment, run, graph, identities[index], roster, index, theirs)
+            theirs.close()
+            children.append(Child(name, pid, ours))
+        _supervise(children, observe, stop_requested)
+    finally:
+        _end_all(children)
+    seconds = time.monotonic() - began
+    return _conclude(experiment, run, graph, masses, children, seconds)
+
+
+# -- The child -------------------------------------------------------------------------------------------------------
+
+
+def _run_child(
+    experiment: Experiment,
+    run: Run,
+    graph: nx.Graph,
+    identity: Identity,
+    roster: Roster,
+    index: int,
+    pipe: socket.socket,
+) -> NoReturn:
+    """Be one node. Never returns into the parent's code, whatever happens."""
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says what it means
+        code = _be_node(experiment, run, graph, identity, roster, index, pipe)
+    except (BadInput, TrainingFailed) as error:
+        _say(pipe, {"kind": "error", "why": str(error)})
+    finally:
+        kind, error, trace = sys.exc_info()
+        if kind is not None and error is not None:  # a defect of ours, shown whole
+            sys.excepthook(kind, error, trace)
+            _say(pipe, {"kind": "error", "why": f"{kind.__name__}: {error}"})
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _be_node(
+    experiment: Experiment,
+    run: Run,
+    graph: nx.Graph,
+    identity: Identity,
+    roster: Roster,
+    index: int,
+    pipe: socket.socket,
+) -> int:
+    name = identity.name
+    fault = experiment.fault_for(name)
+
+    def before_round(round: int) -> None:
+        if fault is not None and round >= fault.round:
+            os.kill(os.getpid(), signal.SIGKILL)  # from within, so that it is that round and no later one
+
+    def observe(line: Line) -> None:
+        _say(pipe, {"kind": "line", "line": line})
+
+    port = experiment.network.base_port
+    runtime = assemble(
+        experiment,
+        identity,
+        roster,
+        1,
+        load_part(experiment, index),
+        sorted(graph.neighbors(name)),
+        [],
+        f"tcp://{HOST}:{port + index if port else 0}",
+        run.node(name),
+        open_to_all=False,
+        resume=False,
+        observe=observe,
+        before_round=before_round,
+    )
+    _say(pipe, {"kind": "address", "address": runtime.link.address})
+    addresses = json.loads(_hear(pipe))
+    for neighbour in sorted(graph.neighbors(name)):
+        if neighbour > name and addresses[neighbour]:  # of two neighbours one dials, so that there is one pair of connections
+            runtime.link.dial(addresses[neighbour], (neighbour,))
+    leave_on_signals(runtime)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    finished = runtime.run(lifeline=pipe.fileno())
+    rejected: Line = dict(runtime.node.conduct.counts)
+    traffic: Line = {"sent": runtime.link.bytes_sent, "received": runtime.link.bytes_received}
+    _say(pipe, {"kind": "outcome", "finished": finished, "rejected": rejected, "bytes": traffic})
+    return 0 if finished else 1
+
+
+def _say(pipe: socket.socket, message: Line) -> None:
+    try:
+        pipe.sendall(json.dumps(message).encode() + b"\n")
+    except OSError:
+        os._exit(1)  # the parent is gone
+
+
+def _hear(pipe: socket.socket) -> bytes:
+    heard = b""
+    while not heard.endswith(b"\n"):
+        piece = pipe.recv(READ_BYTES)
+        if not piece:
+            os._exit(1)
+        heard += piece
+    return heard
+
+
+# -- The parent ------------------------------------------------------------------------------------------------------
+
+
+def _supervise(children: Sequence[Child], observe: Callable[[Line], None], stop_requested: Callable[[], int]) -> None:
+    """Introduce the nodes to each other, pass on what they report, until all have ended."""
+    leaving_since: float | None = None
+    with selectors.DefaultSelector() as selector:
+        for child in children:
+            selector.register(child.pipe, selectors.EVENT_READ, child)
+        introduced = False
+        while not all(child.ended for child in children):
+            timeout = None if leaving_since is None else max(0.0, leaving_since + LEAVE_SECONDS - time.monotonic())
+            for key, _ in selector.select(timeout):
+                child = key.data
+                _read(child, observe)
+                if child.ended:
+                    selector.unregister(child.pipe)
+            alive = [child for child in children if not child.ended]
+            if not introduced and all(child.address for child in alive):
+                introduced = True
+                addresses: Line = {child.name: child.address for child in children}
+                for child in alive:
+                    _tell(child, addresses)
+            stops = stop_requested()
+            if stops and leaving_since is None:
+                leaving_since = time.monotonic()
+                for child in alive:
+                    os.kill(child.pid, signal.SIGTERM)
+            if stops > 1 or (leaving_since is not None and time.monotonic() >= leaving_since + LEAVE_SECONDS):
+                return
+
+
+def _tell(child: Child, message: Line) -> None:
+    try:
+        child.pipe.sendall(json.dumps(message).encode() + b"\n")
+    except OSError:
+        return  # it has ended; its pipe says so to the selector
+
+
+def _read(child: Child, observe: Callable[[Line], None]) -> None:
+    try:
+        piece = child.pipe.recv(READ_BYTES)
+    except ConnectionResetError:
+        piece = b""
+    if not piece:
+        child.ended = True
+        return
+    *lines, child.buffer = (child.buffer + piece).split(b"\n")
+    for text in lines:
+        message = json.loads(text)
+        match message["kind"]:
+            case "address":
+                child.address = message["address"]
+            case "line":
+                if "round" in message["line"] and "mixed" in message["line"]:
+                    child.last_metrics = message["line"]
+                observe(message["line"])
+            case "outcome":
+                child.outcome = message
+            case "error":
+                child.error = message["why"]
+
+
+def _end_all(children: Sequence[Child]) -> None:
+    """No process outlives us: whoever still runs is killed, and every one is waited for."""
+    for child in children:
+        if not child.ended:
+            os.kill(child.pid, signal.SIGKILL)
+    for child in children:
+        os.waitpid(child.pid, 0)
+        child.pipe.close()
+
+
+# -- The end ---------------------------------------------------------------------------------------------------------
+
+
+def _conclude(
+    experiment: Experiment,
+    run: Run,
+    graph: nx.Graph,
+    masses: Mapping[str, float],
+    children: Sequence[Child],
+    seconds: float,
+) -> Outcome:
+    finished = [child.name for child in children if child.outcome is not None and child.outcome["finished"]]
+    scores, distance = mean_model_scores(experiment, run, finished)
+    rejected: dict[str, int] = {}
+    sent = received = 0
+    for child in children:
+        for code, count in _numbers(inside(child.outcome or {}, "rejected")).items():
+            rejected[code] = rejected.get(code, 0) + count
+        traffic = _numbers(inside(child.outcome or {}, "bytes"))
+        sent += traffic.get("sent", 0)
+        received += traffic.get("received", 0)
+    summary = summarise(
+        nodes=list(graph.nodes),
+        finished=finished,
+        rounds=experiment.train.rounds,
+        seconds=seconds,
+        last_metrics={child.name: child.last_metrics for child in children if child.last_metrics},
+        mean_model=scores,
+        consensus_distance=distance,
+        rejected=dict(sorted(rejected.items())),
+        sent=sent,
+        received=received,
+        topology=_json(topology.implied(graph, experiment.topology.weights, masses)),
+    )
+    write_json(run.summary, summary)
+    meant = {child.name for child in children if experiment.fault_for(child.name) is not None}
+    failed = tuple(child.name for child in children if child.name not in finished and child.name not in meant)
+    return Outcome(summary, failed, {child.name: child.error for child in children if child.error})
+
+
+def flat_vector(tensors: Mapping[str, Tensor], schema: Schema) -> Tensor:
+    """The flat float32 (P,) vector of a model file's tensors."""
+    return torch.cat([tensors[spec.name].to(torch.float32).flatten() for spec in schema.tensors])
+
+
+def mean_model_scores(experiment: Experiment, run: Run, finished: Sequence[str]) -> tuple[dict[str, float], float]:
+    """What the mean of the finished nodes' models reaches, on average over their test rows, and how far they are apart.
+
+    The second number is the root mean square L2 distance of the nodes' vectors to their mean.
+    """
+    if not finished:
+        return {}, 0.0
+    names = experiment.topology.names
+    learners = {name: make_learner(experiment, load_part(experiment, names.index(name)), name) for name in finished}
+    vectors = [flat_vector(load_file(run.node(n).model), learner.schema) for n, learner in learners.items()]
+    mean = torch.stack(vectors).mean(dim=0)
+    totals: dict[str, float] = {}
+    for learner in learners.values():
+        learner.vector.copy_(mean)
+        for key, value in learner.evaluate().values.items():
+            totals[key] = totals.get(key, 0.0) + value / len(finished)
+    return totals, consensus_distance(np.stack([vector.numpy() for vector in vectors]))
+
+
+def _numbers(value: Json) -> dict[str, int]:
+    return {k: v for k, v in value.items() if isinstance(v, int)} if isinstance(value, Mapping) else {}
+
+
+def _json(value: object) -> Line:
+    """What is made of plain values, as JSON."""
+    line: Line = json.loads(json.dumps(value))
+    return line
