@@ -1,12 +1,16 @@
 """p2pfl: federated learning without a server.
 
-A module imports only modules above it in this list (`tests/test_layers.py` checks it):
+A module imports only modules before it in this list (`tests/test_layers.py` checks it):
 
     values    messages · config · rng
-    logic     conduct · node · topology · mixing · wire · identity · envelope · records · analysis
-    edges     data · models · learner · link
+    logic     weights · conduct · node · topology · mixing · wire · identity · envelope · records · analysis
+    edges     data · models · learner · checkpoint · link
     drivers   runtime · swarm
-    surface   plots · report · cli
+    surface   plots · report · export · progress · cli
+
+The journey of an update: `learner` trains, `runtime` performs, `node` decides who gets it, `envelope` seals and signs,
+`wire` frames, `link` sends; there `link` receives, `wire` parses, `envelope` verifies and opens, `node` decides when
+the round is complete, and `mixing` folds it in.
 """
 
 __version__ = "0.1.0"

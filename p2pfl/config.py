@@ -268,12 +268,17 @@ def apply_setting(tree: dict[str, Toml], setting: str) -> None:
         value: Toml = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    *parents, last = key.strip().split(".")
+    put(tree, key.strip(), value)
+
+
+def put(tree: dict[str, Toml], key: str, value: Toml) -> None:
+    """Set `a.b.c` in nested tables; BadInput where a value stands in place of a table."""
+    *parents, last = key.split(".")
     table = tree
     for parent in parents:
         below = table.setdefault(parent, {})
         if not isinstance(below, dict):
-            raise BadInput(f"--set {setting!r}: {parent} is a value, not a table")
+            raise BadInput(f"{key}: {parent} is a value, not a table")
         table = below
     table[last] = value
 
@@ -281,10 +286,13 @@ def apply_setting(tree: dict[str, Toml], setting: str) -> None:
 def load(
     path: Path | None = None,
     settings: Sequence[str] = (),
-    defaults: Mapping[str, Toml] | None = None,
+    flags: Mapping[str, Toml] | None = None,
 ) -> Experiment:
-    """Read an experiment: `settings` precede the file, the file precedes `defaults`. BadInput says what is wrong."""
-    tree = read_toml(path) if path else dict(defaults or {})
+    """Read an experiment: `settings` (key=value) precede `flags` (dotted key → value), and these precede the file.
+
+    BadInput says in one line what is wrong.
+    """
+    tree = read_toml(path) if path else {}
     if path is not None:
         for table in ("topology", "data"):  # paths in a file are meant from where the file lies
             section = tree.get(table, {})
@@ -292,6 +300,8 @@ def load(
                 value = section.get(key) if isinstance(section, dict) else None
                 if isinstance(section, dict) and isinstance(value, str) and not Path(value).is_absolute():
                     section[key] = str(path.parent / value)
+    for key, flag in (flags or {}).items():
+        put(tree, key, flag)
     for setting in settings:
         apply_setting(tree, setting)
     return validate(tree, str(path) if path else "the settings")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import importlib
 import importlib.util
+import inspect
 import math
 import os
 import sys
@@ -121,16 +122,17 @@ def take(table: Table, train: Indices, test: Indices) -> Part:
     def dataset(rows: Indices) -> Dataset:
         inputs = table.inputs[rows].astype(np.float64 if table.standardise else np.float32)
         if table.standardise:
-            inputs = (inputs - mean) * scale
+            inputs = (inputs - mean) / deviation
         return Dataset(
             torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(table.targets[rows]), table.classes
         )
 
     if table.standardise:
         seen = table.inputs[train].astype(np.float64)
-        mean, constant = seen.mean(axis=0), seen.min(axis=0) == seen.max(axis=0)
+        mean, deviation = seen.mean(axis=0), seen.std(axis=0)
         # A column that is constant here says nothing, and has no deviation to divide by: it becomes 0 everywhere.
-        scale = np.where(constant, 0.0, 1 / np.where(constant, 1.0, seen.std(axis=0)))
+        # Its computed deviation need not be 0, since the mean of equal numbers is rounded.
+        deviation[(seen.min(axis=0) == seen.max(axis=0)) | (deviation == 0)] = np.inf
     return Part(dataset(train), dataset(test))
 
 
@@ -356,11 +358,15 @@ def _read_rows(
     for line, answer in zip(lines, answers, strict=True):
         if answer.lower() in ("", "nan"):
             raise _bad_cell(path, line, header[target], answer)
-    where = f"{path}, column {header[target]!r}"
-    targets, classes = encode(
-        answers, classes, where, lambda row: f"{path}, row {lines[row]}, column {header[target]!r}"
+    column_name = f"{path}, column {header[target]!r}"
+    if not classes and (quantities := as_quantities(answers)) is not None:
+        for row in np.flatnonzero(~np.isfinite(quantities))[:1]:
+            raise _bad_cell(path, lines[row], header[target], answers[row])
+        return Table(inputs, quantities, (), standardise=True)
+    ids, classes = number_labels(
+        answers, classes, column_name, lambda row: f"{path}, row {lines[row]}, column {header[target]!r}"
     )
-    return Table(inputs, targets, classes, standardise=True)
+    return Table(inputs, ids, classes, standardise=True)
 
 
 def _bad_cell(path: Path, line: int, column: str, cell: str) -> BadInput:
@@ -380,37 +386,50 @@ def _number(text: str) -> float | None:
         return None
 
 
-def encode(
+def as_quantities(answers: Sequence[str]) -> Targets | None:
+    """The answers of a CSV as float32 quantities; None if they are labels.
+
+    Labels are texts, and whole numbers of which there are at most 100 different ones.
+    """
+    numbers = _numbers(answers)
+    if numbers is None or (all(map(float.is_integer, numbers)) and len(set(numbers)) <= MANY_LABELS):
+        return None
+    with np.errstate(over="ignore"):  # what a float32 does not hold becomes infinite, and is told by its row
+        return np.array(numbers, np.float64).astype(np.float32)
+
+
+def number_labels(
     answers: Sequence[str], classes: tuple[str, ...], where: str, place: Callable[[int], str]
 ) -> tuple[Targets, tuple[str, ...]]:
-    """Answers as text → (class numbers, classes), or (quantities, ()).
+    """Labels as text → (their positions in `classes`, classes).
 
-    Whole numbers and text are labels; other numbers, and more than 100 distinct whole ones, are quantities. `classes`
-    decides for labels, and gives their order. `where` and `place(row)` say in a message what is meant.
+    Without `classes` these are the labels that occur, whole numbers sorted by value, texts by letter. `where` and
+    `place(row)` say in a message what is meant.
     """
-    numbers = [number for answer in answers if (number := _number(answer)) is not None and math.isfinite(number)]
-    numeric = len(numbers) == len(answers)
-    whole = numeric and all(number.is_integer() for number in numbers)
-    if numeric and not classes and (not whole or len(set(numbers)) > MANY_LABELS):
-        return np.array(numbers, np.float32), ()
+    numbers = _numbers(answers)
+    whole = numbers is not None and all(map(float.is_integer, numbers))
     # Other programs write the labels 0 and 1 as 0.0 and 1.0 as soon as a cell was missing: they are the same labels.
-    labels = [str(int(number)) for number in numbers] if whole else list(answers)
+    labels = [str(int(number)) for number in numbers] if numbers is not None and whole else list(answers)
     if not classes:
-        classes = tuple(sorted(set(labels), key=int)) if whole else tuple(sorted(set(labels)))
+        classes = tuple(sorted(set(labels), key=int) if whole else sorted(set(labels)))
         if len(classes) == 1:
             raise BadInput(
                 f"{where} holds only the label {classes[0]!r}: list all labels, the same on every node, "
-                f"for example data.classes = [{classes[0]!r}, 'other']"
+                f'for example --set data.classes=["{classes[0]}","other"]'
             )
     if len(classes) < 2 or len(set(classes)) < len(classes):
         raise BadInput(f"data.classes = {list(classes)} must hold at least two labels, all different")
     ids = {label: number for number, label in enumerate(classes)}
     for row, label in enumerate(labels):
         if label not in ids:
-            raise BadInput(
-                f"{place(row)} is {label!r}, which is not in data.classes{did_you_mean(label, classes[:12])}"
-            )
+            raise BadInput(f"{place(row)} is {label!r}, not one of data.classes{did_you_mean(label, classes[:12])}")
     return np.array([ids[label] for label in labels], np.int64), classes
+
+
+def _numbers(texts: Sequence[str]) -> list[float] | None:
+    """The texts as finite numbers, if all of them are."""
+    numbers = [number for text in texts if (number := _number(text)) is not None and math.isfinite(number)]
+    return numbers if len(numbers) == len(texts) else None
 
 
 # -- The user's own function -----------------------------------------------------------------------------------------
@@ -422,22 +441,31 @@ def import_function(text: str, key: str) -> Function:
     The module's own code runs, as with `import`; what it raises is not caught.
     """
     module_name, _, function_name = text.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
+        raise BadInput(f"{key} = {text!r}: write it as module:function")
     folder = os.getcwd()
-    if folder not in sys.path:  # as `python -m` does it, and a console script does not
+    if folder not in sys.path:  # `python -m` looks there, a console script does not
         sys.path.append(folder)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
+        if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there; one that it imports is not
         raise BadInput(f"{key} = {text!r}: there is no module {module_name!r} here ({folder}) or installed") from None
-    except (ValueError, TypeError):
-        raise BadInput(f"{key} = {text!r}: write it as module:function") from None
     function: object = getattr(module, function_name, None)
     if not callable(function):
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise BadInput(f"{key} = {text!r}: {module_name} has no such function{did_you_mean(function_name, known[:12])}")
     return function
+
+
+def accepts(function: Function, **arguments: object) -> bool:
+    """Whether the function can be called with exactly these arguments."""
+    try:
+        inspect.signature(function).bind(**arguments)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _from_function(name: str, classes: tuple[str, ...]) -> Table:
@@ -447,7 +475,10 @@ def _from_function(name: str, classes: tuple[str, ...]) -> Table:
     """
     from torch import Tensor
 
-    made = import_function(name, "data.name")()
+    function = import_function(name, "data.name")
+    if not accepts(function):
+        raise BadInput(f"data.name = {name!r}: the function must be callable without arguments")
+    made = function()
     if isinstance(made, Dataset):
         if classes:
             raise BadInput(f"{name} returns a Dataset, which has its own classes: remove data.classes")
@@ -462,7 +493,9 @@ def _from_function(name: str, classes: tuple[str, ...]) -> Table:
             targets = raw.astype(np.float32)
         else:
             answers = [str(answer) for answer in raw.tolist()]
-            targets, classes = encode(answers, classes, f"{name}: the target", lambda row: f"{name}: target {row}")
+            targets, classes = number_labels(
+                answers, classes, f"{name}: the target", lambda row: f"{name}: target {row}"
+            )
     else:
         raise BadInput(f"{name} returned {type(made).__name__}: it must return (inputs, targets) or a p2pfl Dataset")
     for values, what in ((inputs, "inputs"), (targets, "targets")):

@@ -51,7 +51,7 @@ def distance_to_mean(own: Tensor, vectors: Sequence[Tensor]) -> float:
     """||own - mean(vectors)||_2, in float64 since near consensus it is far below the vectors' length; 0.0 for none."""
     if not vectors:
         return 0.0
-    scratch = own.new_empty(min(BLOCK, own.numel()), dtype=torch.float64)
+    scratch = _wide_block(own)
     squares = []
     for start in range(0, own.numel(), BLOCK):
         block = own[start : start + BLOCK]
@@ -82,10 +82,16 @@ def check_vector(vector: Tensor, typical_norm: float | None) -> float:
 
 def _norm(vector: Tensor) -> float:
     """In float64: squares of float32 overflow from 1.8e19 on, and summing millions of them loses three digits."""
-    scratch = vector.new_empty(min(BLOCK, vector.numel()), dtype=torch.float64)
+    scratch = _wide_block(vector)
     squares = []
     for start in range(0, vector.numel(), BLOCK):
         block = vector[start : start + BLOCK]
         part = scratch[: block.numel()].copy_(block)
         squares.append(torch.dot(part, part).item())
     return math.sqrt(math.fsum(squares))
+
+
+def _wide_block(vector: Tensor) -> Tensor:
+    """Room for one block in float64; in float32 on Apple's GPUs, which have no float64 (not tested on one)."""
+    dtype = torch.float32 if vector.device.type == "mps" else torch.float64
+    return vector.new_empty(min(BLOCK, vector.numel()), dtype=dtype)

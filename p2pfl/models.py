@@ -6,7 +6,6 @@ networks use group norm or none: batch norm averages badly over nodes whose rows
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from p2pfl.config import ModelSection, Toml, did_you_mean
-from p2pfl.data import import_function
+from p2pfl.data import accepts, import_function
 from p2pfl.messages import BadInput
 from p2pfl.rng import torch_seed
 
@@ -50,8 +49,8 @@ def build(section: ModelSection, dataset_shape: tuple[int, ...], outputs: int, s
     """A new model on the CPU: float32 (rows, *dataset_shape) → (rows, outputs); a pure function of its arguments.
 
     outputs: the number of classes, or 1 for a quantity. `module:function` is called as function(inputs=dataset_shape,
-    outputs=outputs) if it has parameters of these names, else as function(); it draws from torch's generator, which is
-    seeded for it. BadInput if the model is not known or does not fit the data.
+    outputs=outputs) if it takes these names, else as function(); torch's generator is seeded for what it draws.
+    BadInput if the model is not known or does not fit the data.
     """
     with seeded(torch_seed(seed, "model")):
         match section.name:
@@ -148,14 +147,12 @@ def _image(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 def _from_function(name: str, shape: tuple[int, ...], outputs: int) -> nn.Module:
     function = import_function(name, "model.name")
-    try:
-        signature = inspect.signature(function)
-        sized = {"inputs", "outputs"} <= signature.parameters.keys()
-        arguments = {"inputs": shape, "outputs": outputs} if sized else {}
-        signature.bind(**arguments)
-    except (TypeError, ValueError):
-        raise BadInput(f"model.name = {name!r}: define it as function() or function(inputs, outputs)") from None
-    module = function(**arguments)
+    if accepts(function, inputs=shape, outputs=outputs):
+        module = function(inputs=shape, outputs=outputs)
+    elif accepts(function):
+        module = function()
+    else:
+        raise BadInput(f"model.name = {name!r}: define it as function() or function(inputs, outputs)")
     if not isinstance(module, nn.Module):
         raise BadInput(f"{name} returned {type(module).__name__}: it must return a torch.nn.Module")
     _check_fit(module, name, shape, outputs)

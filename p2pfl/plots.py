@@ -62,7 +62,8 @@ COLOURED = 8  # curves that get a colour and a name; of more, only the mean and 
 NAMED_BARS = 40  # nodes that are named beside bars and in a graph
 MARKS_SHOWN = 6  # labelled events above a panel
 CURVE_POINTS = 8000  # of all curves of a panel together: keeps a page of 200 nodes below 3 MB
-NAME_LENGTH = 22  # characters of a name that are shown
+DISTANCE_NODES, SPRING_NODES = 300, 1000  # up to which a layout takes less than 3 and 6 seconds
+NAME_LENGTH, MARK_LENGTH = 22, 44  # characters that are shown of a name, and of a mark's label
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def _curve_figure(
         else:
             axes.tick_params(labelleft=False)
         for index, trace in enumerate(traces):
-            _curve(axes, trace, label, index, every, coloured)
+            _curve(axes, trace, label, index, every, coloured, 1.2 if mean else 2.0)
         if mean and len(traces) > 1:
             grid, middle, low, high = _mean_and_band(traces, label)
             axes.fill_between(grid, low, high, color=MUTED, alpha=0.16, linewidth=0, zorder=1)
@@ -220,7 +221,7 @@ def _curve_figure(
     return figure
 
 
-def _curve(axes: Axes, trace: Trace, label: str, index: int, every: int, coloured: bool) -> None:
+def _curve(axes: Axes, trace: Trace, label: str, index: int, every: int, coloured: bool, width: float) -> None:
     colour = SERIES[index % len(SERIES)] if coloured else QUIET
     kept = sorted({*range(0, len(trace.values), every), *([len(trace.values) - 1] if trace.values else [])})
     x = [trace.along[label][i] for i in kept]
@@ -229,7 +230,7 @@ def _curve(axes: Axes, trace: Trace, label: str, index: int, every: int, coloure
         x,
         y,
         color=colour if trace.goes_on or coloured else ALARM,
-        linewidth=1.2 if coloured else 0.7,
+        linewidth=width if coloured else 0.7,
         linestyle="-" if index < len(SERIES) or not coloured else (0, (4, 2)),
         marker="o" if len(x) == 1 else "",
         markersize=4,
@@ -319,7 +320,8 @@ def apart(wanted: Sequence[float] | Floats, gap: float, top: float) -> Floats:
 class _Spot:
     """Where a mark goes: its point on the curve, and its text above the panel."""
 
-    mark: Mark
+    text: str
+    colour: str
     x: float
     y: float
     start: float  # points from the panel's left edge to the text
@@ -337,19 +339,21 @@ def _place_marks(
     for mark in [mark for mark in marks if mark.name in by_name][:MARKS_SHOWN]:
         at = (by_name[mark.name].along[label][mark.index] - low) / (high - low) * width
         # the text stands to the right of its line where it fits there
-        fits = at + 3 + _text_width(mark.label) <= width
+        fits = at + 3 + _text_width(_plain(mark.label, MARK_LENGTH)) <= width
         (rightward if fits else leftward).append((at, mark))
     spots: list[_Spot] = []
     taken: list[tuple[float, float, float, int]] = []  # (line, text from, text to, row), in points
     # From the right to the left: each text then passes above the lines of those that it would cross.
     for at, mark in [*sorted(rightward, key=_first, reverse=True), *sorted(leftward, key=_first)]:
-        long = _text_width(mark.label)
+        text = _plain(mark.label, MARK_LENGTH)
+        long = _text_width(text)
         start = at + 3 if (at, mark) in rightward else max(0.0, at - 3 - long)
         below = [row for line, a, b, row in taken if (a < start + long + 6 and start < b + 6) or start < line < b]
         row = max(below, default=-1) + 1
         taken.append((at, start, start + long, row))
         trace = by_name[mark.name]
-        spots.append(_Spot(mark, trace.along[label][mark.index], trace.values[mark.index], start, row))
+        x, y = trace.along[label][mark.index], trace.values[mark.index]
+        spots.append(_Spot(text, ALARM if mark.grave else MUTED, x, y, start, row))
     return spots
 
 
@@ -358,19 +362,18 @@ def _first(pair: tuple[float, Mark]) -> float:
 
 
 def _draw_mark(axes: Axes, spot: _Spot) -> None:
-    colour = ALARM if spot.mark.grave else MUTED
+    colour = spot.colour
     height, width = PANEL_HEIGHT * POINTS, axes.get_position().width * WIDTH * POINTS
     foot = 1 + (4 + spot.row * ROW) / height
     across = blended_transform_factory(axes.transData, axes.transAxes)
     bottom = 0.0
     if math.isfinite(spot.y):
-        shape = "X" if spot.mark.grave else "v"
+        shape = "X" if colour == ALARM else "v"
         axes.plot([spot.x], [spot.y], marker=shape, markersize=6.5, color=colour, mec=SURFACE, mew=0.8, zorder=7)
         bottom = axes.transAxes.inverted().transform(axes.transData.transform((spot.x, spot.y)))[1]
     top = foot + TEXT / height
     axes.plot([spot.x] * 2, [bottom, top], transform=across, color=colour, linewidth=0.7, alpha=0.6, clip_on=False)
-    text = spot.mark.label
-    axes.text(spot.start / width, foot, text, transform=axes.transAxes, va="bottom", color=colour, fontsize=TEXT)
+    axes.text(spot.start / width, foot, spot.text, transform=axes.transAxes, va="bottom", color=colour, fontsize=TEXT)
 
 
 def _draw_predicted(axes: Axes, line: Trace) -> None:
@@ -409,10 +412,9 @@ def bytes_figure(sent: Mapping[str, float], received: Mapping[str, float], round
         title = f"A node sent {show_bytes(each)} on average"
         title += f", {show_bytes(each / rounds)} a round" if rounds > 1 else ""
     figure, axes = _bar_figure(names, title, TOP + ROW / POINTS)
-    places = np.arange(len(names))
-    height = 0.7 if len(names) <= NAMED_BARS else 1.0
-    axes.barh(places, [sent[n] / scale for n in names], height, color=SERIES[0], linewidth=0)
-    axes.barh(places, [-received.get(n, 0.0) / scale for n in names], height, color=SERIES[1], linewidth=0)
+    none = np.zeros(len(names))
+    _bars(axes, none, np.array([sent[n] / scale for n in names]), SERIES[0])
+    _bars(axes, none, np.array([-received.get(n, 0.0) / scale for n in names]), SERIES[1])
     axes.axvline(0, color=INK, linewidth=0.8)
     reach = max([*sent.values(), *received.values()], default=0.0) / scale or 1.0
     axes.set_xlim(-1.05 * reach, 1.05 * reach)
@@ -446,12 +448,11 @@ def time_split(seconds: Mapping[str, Mapping[str, float]]) -> Figure:
         title += f"{100 * share['wait']:.0f} % waiting for neighbours"
     figure, axes = _bar_figure(names, title, TOP + ROW / POINTS)
     unit, scale = ("milliseconds", 1e-3) if max(totals.values(), default=0.0) < 1 else ("seconds", 1.0)
-    places = np.arange(len(names))
     left = np.zeros(len(names))
     key = 0.0
     for part, colour in TIME_PARTS.items():
         width = np.array([seconds[name].get(part, 0.0) / scale for name in names])
-        axes.barh(places, width, 0.7 if len(names) <= NAMED_BARS else 1.0, left, color=colour, linewidth=0)
+        _bars(axes, left, width, colour)
         left += width
         _key(figure, axes, key, colour, part)
         key += _text_width(part) + 26
@@ -468,6 +469,17 @@ def _key(figure: Figure, axes: Axes, offset: float, colour: str, text: str) -> N
     x = offset / width
     axes.plot([x + 4 / width], [y], transform=axes.transAxes, marker="s", markersize=7, color=colour, clip_on=False)
     axes.text(x + 12 / width, y, text, transform=axes.transAxes, va="center_baseline", fontsize=TEXT, color=INK)
+
+
+def _bars(axes: Axes, left: Floats, width: Floats, colour: str) -> None:
+    """One bar a node from the bottom upwards; many are one shape with steps, for thin bars side by side would moiré."""
+    places = np.arange(len(width))
+    if len(width) <= NAMED_BARS:
+        axes.barh(places, width, 0.7, left, color=colour, linewidth=0)
+    else:
+        edges = np.append(places, len(places)) - 0.5
+        begin, end = (np.append(side, side[-1]) for side in (left, left + width))
+        axes.fill_betweenx(edges, begin, end, step="post", color=colour, linewidth=0)
 
 
 def _bar_order(names: list[str], values: Mapping[str, float]) -> list[str]:
@@ -596,11 +608,13 @@ def _draw_nodes(
 def _layout(network: nx.Graph) -> Floats:
     """Places in any unit, one row a node; a pure function of the graph."""
     count = len(network)
-    if count < 3 or nx.density(network) > 0.6 or network.number_of_edges() == 0:
+    if count < 3 or count > SPRING_NODES or nx.density(network) > 0.6 or network.number_of_edges() == 0:
         turn = [math.pi / 2 - 2 * math.pi * i / max(count, 1) for i in range(count)]  # clockwise from the top
         return np.array([(math.cos(angle), math.sin(angle)) for angle in turn]).reshape(count, 2)
-    # Kamada-Kawai: distances in the picture follow distances in the graph, where every pair has one.
-    placed = nx.kamada_kawai_layout(network) if nx.is_connected(network) else nx.spring_layout(network, seed=0)
+    if count <= DISTANCE_NODES and nx.is_connected(network):
+        placed = nx.kamada_kawai_layout(network)  # distances in the picture follow distances in the graph
+    else:
+        placed = nx.spring_layout(network, seed=0)
     return np.array([placed[node] for node in network], float).reshape(count, 2)
 
 

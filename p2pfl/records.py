@@ -20,7 +20,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TypeGuard
 
-from p2pfl.messages import BadInput, Happened, RoundEnded, check_name
+from p2pfl.messages import NAME_PATTERN, BadInput, Happened, RoundEnded, check_name
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 Line = dict[str, Json]  # one line of a .jsonl file
@@ -35,11 +35,14 @@ RUNS_SHOWN = 3  # in an error message that says which runs there are
 def write_text(path: Path, text: str) -> None:
     """Replace the file in one step: after a crash it holds the old text or the new one, never half of either."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with draft.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Json) -> None:
@@ -140,7 +143,8 @@ class Run:
     def nodes(self) -> list[str]:
         """The names of the nodes that have a folder, sorted."""
         folder = self.path / "nodes"
-        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+        names = [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
+        return sorted(name for name in names if NAME_PATTERN.fullmatch(name))
 
 
 def is_run(path: Path) -> bool:

@@ -13,9 +13,11 @@ import selectors
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import NoReturn
 
 import networkx as nx
@@ -66,12 +68,11 @@ def up(
     experiment: Experiment,
     run: Run,
     observe: Callable[[Line], None],
-    stop_requested: Callable[[], int],
 ) -> Outcome:
     """Run the experiment to its end. `observe` is told every line that a node records, as it comes.
 
-    `stop_requested` says how often the user asked to stop: once, the nodes leave; twice, they are killed. BadInput for
-    what is wrong with the experiment, before any process is started.
+    Ctrl-C (or SIGTERM): the nodes leave gracefully; a second time: they are killed. BadInput for what is wrong with
+    the experiment, before any process is started.
     """
     if not hasattr(os, "fork"):
         raise BadInput("`p2pfl up` needs a system that can fork (Linux, macOS); start `p2pfl node` once for each node")
@@ -99,7 +100,8 @@ def up(
                 _run_child(experiment, run, graph, identities[index], roster, index, theirs)
             theirs.close()
             children.append(Child(name, pid, ours))
-        _supervise(children, observe, stop_requested)
+        with _Interrupts() as interrupts:
+            _supervise(children, observe, interrupts)
     finally:
         _end_all(children)
     seconds = time.monotonic() - began
@@ -126,10 +128,10 @@ def _run_child(
     except (BadInput, TrainingFailed) as error:
         _say(pipe, {"kind": "error", "why": str(error)})
     finally:
-        kind, error, trace = sys.exc_info()
-        if kind is not None and error is not None:  # a defect of ours, shown whole
-            sys.excepthook(kind, error, trace)
-            _say(pipe, {"kind": "error", "why": f"{kind.__name__}: {error}"})
+        kind, defect, trace = sys.exc_info()
+        if kind is not None and defect is not None:  # of ours, so it is shown whole
+            sys.excepthook(kind, defect, trace)
+            _say(pipe, {"kind": "error", "why": f"{kind.__name__}: {defect}"})
         sys.stderr.flush()
         os._exit(code)
 
@@ -172,7 +174,9 @@ def _be_node(
     _say(pipe, {"kind": "address", "address": runtime.link.address})
     addresses = json.loads(_hear(pipe))
     for neighbour in sorted(graph.neighbors(name)):
-        if neighbour > name and addresses[neighbour]:  # of two neighbours one dials, so that there is one pair of connections
+        if (
+            neighbour > name and addresses[neighbour]
+        ):  # of two neighbours one dials, so that there is one pair of connections
             runtime.link.dial(addresses[neighbour], (neighbour,))
     leave_on_signals(runtime)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -203,33 +207,57 @@ def _hear(pipe: socket.socket) -> bytes:
 # -- The parent ------------------------------------------------------------------------------------------------------
 
 
-def _supervise(children: Sequence[Child], observe: Callable[[Line], None], stop_requested: Callable[[], int]) -> None:
+class _Interrupts:
+    """Counts Ctrl-C and SIGTERM, and makes `pipe` readable when one comes. As a context, it puts things back after."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.pipe, self._wake = socket.socketpair()
+        self._handlers: dict[int, signal._HANDLER] = {}
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._interrupted)
+        return self
+
+    def _interrupted(self, _number: int, _frame: FrameType | None) -> None:
+        self.count += 1
+        self._wake.send(b"!")
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self.pipe.close()
+        self._wake.close()
+
+
+def _supervise(children: Sequence[Child], observe: Callable[[Line], None], interrupts: _Interrupts) -> None:
     """Introduce the nodes to each other, pass on what they report, until all have ended."""
-    leaving_since: float | None = None
     with selectors.DefaultSelector() as selector:
+        selector.register(interrupts.pipe, selectors.EVENT_READ)
         for child in children:
             selector.register(child.pipe, selectors.EVENT_READ, child)
-        introduced = False
-        while not all(child.ended for child in children):
-            timeout = None if leaving_since is None else max(0.0, leaving_since + LEAVE_SECONDS - time.monotonic())
-            for key, _ in selector.select(timeout):
-                child = key.data
-                _read(child, observe)
-                if child.ended:
-                    selector.unregister(child.pipe)
-            alive = [child for child in children if not child.ended]
+        introduced, leave_until = False, float("inf")
+        while alive := [child for child in children if not child.ended]:
             if not introduced and all(child.address for child in alive):
                 introduced = True
-                addresses: Line = {child.name: child.address for child in children}
                 for child in alive:
-                    _tell(child, addresses)
-            stops = stop_requested()
-            if stops and leaving_since is None:
-                leaving_since = time.monotonic()
+                    _tell(child, {other.name: other.address for other in children})
+            if interrupts.count and leave_until == float("inf"):
+                leave_until = time.monotonic() + LEAVE_SECONDS
                 for child in alive:
                     os.kill(child.pid, signal.SIGTERM)
-            if stops > 1 or (leaving_since is not None and time.monotonic() >= leaving_since + LEAVE_SECONDS):
+            left = leave_until - time.monotonic()
+            if interrupts.count > 1 or left <= 0:
                 return
+            for key, _ in selector.select(None if left == float("inf") else left):
+                if key.fileobj is interrupts.pipe:
+                    interrupts.pipe.recv(READ_BYTES)
+                    continue
+                _read(key.data, observe)
+                if key.data.ended:
+                    selector.unregister(key.fileobj)
 
 
 def _tell(child: Child, message: Line) -> None:

@@ -24,7 +24,7 @@ from p2pfl.weights import neighbour_weight, reach
 
 TOLERANCE = 1e-6  # what is left of a disagreement when it counts as gone
 DENSE_NODES = 1000  # up to here all eigenvalues at once (0.05 s); above, only the three that are needed
-CONNECTIVITY_NODES, CONNECTIVITY_EDGES = 256, 2000  # above either, node connectivity takes more than about 3 s
+CONNECTIVITY_NODES, CONNECTIVITY_EDGES = 256, 2000  # above either, node connectivity would take more than about 5 s
 
 
 # -- Graphs on the integers 0..n-1 -----------------------------------------------------------------------------------
@@ -238,8 +238,9 @@ def implied(graph: nx.Graph, weights_name: str, masses: Mapping[str, float]) -> 
     `lambda2` is the second largest |eigenvalue| of W: every round shrinks the distance to the mean at least by this
     factor. `rounds_to_1e-6` is the least t with lambda2^t <= 1e-6, which is ||W^t - J||_2 <= 1e-6, J = ones / n: the
     worst case over all starts. (Where masses differ, both hold for the mean and the norm that they weight.) A single
-    node agrees with itself after 0 rounds; complete graphs agree after 1. `node_connectivity` is the number of deaths that can cut the graph
-    in two; None above CONNECTIVITY_NODES or CONNECTIVITY_EDGES, unless the graph is complete or not connected.
+    node agrees with itself after 0 rounds; complete graphs agree after 1. `node_connectivity` is the number of deaths
+    that can cut the graph in two; None above CONNECTIVITY_NODES or CONNECTIVITY_EDGES, unless the graph is complete or
+    not connected.
     """
     n, degrees = len(graph), [degree for _, degree in graph.degree]
     connected = nx.is_connected(graph)

@@ -50,6 +50,14 @@ def test_the_order_of_arrival_changes_no_bit(names: list[str], seed: int, shuffl
     assert torch.equal(folded(own, terms, names[0]), folded(own, arrived, names[0]))
 
 
+def test_the_own_weight_does_not_depend_on_the_order_of_arrival() -> None:
+    """Weights far apart, since 1 - sum(weights) would only be lost in the last bit otherwise."""
+    own, zero = torch.ones(3), torch.zeros(3)
+    for weights in itertools.permutations((1e17, 0.25, -1e17)):
+        terms = [(f"n{i}", weight, zero) for i, weight in enumerate(weights)]
+        assert torch.equal(folded(own, terms), 0.75 * own)
+
+
 def test_all_nodes_of_a_complete_graph_agree_in_every_bit() -> None:
     """The own term is sorted in among the others; were it always the first, the sums would differ in the last bit."""
     names, parts = ["a", "b", "c", "d"], vectors(4, 1000)

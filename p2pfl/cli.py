@@ -1,0 +1,518 @@
+"""The commands. They parse, load, build and call; what is decided is decided below.
+
+Errors are one line on stderr. Exit code 0: done; 1: the work failed; 2: the input is wrong. What is heavy (torch,
+matplotlib) is imported by the command that needs it, so that `p2pfl --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from p2pfl.config import PEERS, Experiment, Toml, did_you_mean, find_experiment, load, to_toml
+from p2pfl.messages import BadInput, TrainingFailed, printable
+from p2pfl.records import Json, Line, Run, create_run, default_run_dir, number, open_run, write_json, write_text
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+    from p2pfl.identity import Identity, Roster
+    from p2pfl.node import Node
+    from p2pfl.runtime import Dial
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # they print local variables, and those can hold keys
+    rich_markup_mode=None,
+    help="Federated learning without a server: train on your own rows, average with your neighbours.",
+)
+
+# How a command was typed wrongly: click's ClickException, which each version of typer has in another place.
+_CommandError: type[Exception] = typer.BadParameter.__mro__[2]
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else on stderr.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key, e.g. --set train.lr=0.05.")
+]
+
+
+def main() -> NoReturn:
+    """Run one command and exit with its code; every error of a user ends here, in one line."""
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except BadInput as error:
+        _fail(str(error), 2)
+    except _CommandError as error:
+        _fail(f"{_in_one_line(error)} (`p2pfl --help` lists the commands, `p2pfl COMMAND --help` the options)", 2)
+    except typer.Abort:
+        _fail("stopped", 130)
+    except TrainingFailed as error:
+        _fail(str(error), 1)
+    except BrokenPipeError:  # `p2pfl … | head`: whoever read us has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _in_one_line(error: Exception) -> str:
+    message: object = getattr(error, "format_message", error.__str__)()  # it names the option; str() may not
+    return " ".join(str(message).split())
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    sys.stderr.write(f"p2pfl: {printable(text)}\n")
+    sys.exit(code)
+
+
+def _print_json(value: Json) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+# -- keygen ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def keygen(
+    name: Annotated[str, typer.Argument(help="Your name among the members: A-Z a-z 0-9 . _ -")],
+    out: Annotated[Path, typer.Option(help="Folder for the two files.")] = Path(),
+    passphrase: Annotated[bool, typer.Option("--passphrase", help="Ask for one, and seal the key with it.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make NAME.key (keep it) and NAME.card (give it to everybody).
+
+    Example: p2pfl keygen aurora
+    """
+    from p2pfl.identity import Identity, save
+
+    identity = Identity.generate(name)
+    secret = None
+    if passphrase:
+        secret = str(typer.prompt("Passphrase", hide_input=True, confirmation_prompt=True, err=True)).encode()
+        if not secret:
+            raise BadInput("an empty passphrase protects nothing: leave --passphrase away, or type one")
+    key, card = save(identity, out, secret)
+    fingerprint = identity.card.fingerprint
+    if as_json:
+        _print_json({"name": name, "key": str(key), "card": str(card), "fingerprint": fingerprint})
+        return
+    sys.stdout.write(f"{identity.card}\n")
+    sys.stderr.write(
+        f"{key} is secret and stays here. {card} (fingerprint {fingerprint}) goes to every member.\n"
+        "With everybody's cards in one folder: cat *.card > roster.txt\n"
+    )
+
+
+# -- node ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def node(
+    peers: Annotated[
+        str, typer.Option(help="Neighbours: HOST:PORT or NAME@HOST:PORT, or NAME for one that dials us; with commas.")
+    ],
+    listen: Annotated[str | None, typer.Option(help="tcp://HOST:PORT to listen at; without it, only dial out.")] = None,
+    identity: Annotated[Path | None, typer.Option(help="Your key file; the only *.key here, if not given.")] = None,
+    roster: Annotated[Path, typer.Option(help="Cards of all members, one a line.")] = Path("roster.txt"),
+    config: Annotated[Path | None, typer.Option(help="An experiment file.")] = None,
+    data: Annotated[str | None, typer.Option(help="breast_cancer, digits, FILE.csv or module:function.")] = None,
+    target: Annotated[str | None, typer.Option(help="Column of the CSV file to predict.")] = None,
+    model: Annotated[str | None, typer.Option(help="logistic, mlp:64,32, cnn:16,32 or module:function.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="How many rounds.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where records and the model go.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --run-dir.")] = False,
+    settings: Settings = None,
+    as_json: JsonFlag = False,
+) -> int:
+    """Take part as one participant, until its rounds are done. The order in which nodes start does not matter.
+
+    Example: p2pfl node --listen tcp://0.0.0.0:7000 --peers bethel@10.0.0.2:7000 --data rows.csv --target outcome
+    """
+    from p2pfl.data import load_own, load_part
+    from p2pfl.identity import next_epoch, parse_address, read_roster
+    from p2pfl.progress import Progress
+    from p2pfl.runtime import assemble, leave_on_signals
+
+    members = _checked_roster(roster)
+    me = _load_identity(identity)
+    if (known := members.by_name(me.name)) is not None and known.card != me.card:
+        raise BadInput(f"{roster}: the card of {me.name} is not the one of this key: put the new {me.name}.card there")
+    experiment = load(config, settings or (), _node_flags(data, target, model, rounds))
+    neighbours, dials, open_to_all = _neighbourhood(experiment, me.name, peers, members)
+    endpoint = parse_address(listen) if listen else None
+    if resume and run_dir is None:
+        raise BadInput("--resume needs the --run-dir of the run to go on with")
+    run = create_run(run_dir or default_run_dir(Path(), f"node-{me.name}", datetime.now()), resume)
+    shared = experiment.data.name in ("breast_cancer", "digits") and me.name in experiment.topology.names
+    part = load_part(experiment, experiment.topology.names.index(me.name)) if shared else load_own(experiment)
+    write_text(run.experiment, to_toml(experiment))
+
+    console = Console(stderr=as_json)
+    began = time.monotonic()
+    epoch = next_epoch((identity or _only_key()).with_suffix(".epoch"))
+    with Progress(console, (me.name,), experiment.train.rounds) as progress:
+        runtime = assemble(
+            experiment,
+            me,
+            members,
+            epoch,
+            part,
+            neighbours,
+            dials,
+            endpoint,
+            run.node(me.name),
+            open_to_all=open_to_all,
+            resume=resume,
+            observe=progress.observe,
+        )
+        leave_on_signals(runtime)
+        runtime.reload_roster_with(lambda: read_roster(roster))
+        _introduce(console, me.name, me.card.fingerprint, runtime.link.address, experiment, len(part.train), run)
+        finished = runtime.run()
+    summary = _node_summary(experiment, run, me.name, runtime.node, finished, time.monotonic() - began)
+    write_json(run.summary, summary)
+    if as_json:
+        _print_json(summary)
+    else:
+        _say_where(console, run)
+    return 0 if finished else 1
+
+
+def _checked_roster(path: Path) -> Roster:
+    from p2pfl.identity import read_roster
+
+    if not path.exists():
+        raise BadInput(
+            f"there is no roster {path}: each member runs `p2pfl keygen NAME` and sends its NAME.card to the others; "
+            "then `cat *.card > roster.txt`"
+        )
+    return read_roster(path)
+
+
+def _only_key() -> Path:
+    found = sorted(Path().glob("*.key"))
+    if len(found) != 1:
+        what = f"there are {', '.join(map(str, found))}" if found else "there is none; `p2pfl keygen NAME` makes one"
+        raise BadInput(f"which key is yours? Give --identity FILE: in this folder {what}")
+    return found[0]
+
+
+def _load_identity(path: Path | None) -> Identity:
+    from p2pfl.identity import load as load_key
+
+    def ask() -> bytes:
+        return str(typer.prompt("Passphrase", hide_input=True, err=True)).encode()
+
+    return load_key(path or _only_key(), ask if sys.stdin.isatty() else None)
+
+
+def _node_flags(data: str | None, target: str | None, model: str | None, rounds: int | None) -> dict[str, Toml]:
+    from p2pfl.models import parse
+
+    flags: dict[str, Toml] = {}
+    if data is not None and (data.endswith(".csv") or Path(data).is_file()):
+        flags |= {"data.name": "csv", "data.path": data}
+    elif data is not None:
+        flags["data.name"] = data
+    if target is not None:
+        flags["data.target"] = target
+    if rounds is not None:
+        flags["train.rounds"] = rounds
+    if model is not None:
+        flags |= {f"model.{key}": value for key, value in parse(model).items()}
+    return flags
+
+
+def _neighbourhood(experiment: Experiment, me: str, peers: str, members: Roster) -> tuple[list[str], list[Dial], bool]:
+    """Names known as neighbours, addresses to dial, and whether others of the roster may become neighbours too."""
+    from p2pfl import topology
+    from p2pfl.identity import parse_peer
+    from p2pfl.runtime import Dial
+
+    names: set[str] = set()
+    dials: list[Dial] = []
+    for word in filter(None, (word.strip() for word in peers.split(","))):
+        by_name_only = ":" not in word and "/" not in word  # it dials us, or the roster has its address
+        name, address = (word, None) if by_name_only else parse_peer(word)
+        member = members.by_name(name) if name is not None else None
+        if name is not None and member is None:
+            known = [other.name for other in members.members]
+            raise BadInput(f"--peers: {name} is not in the roster{did_you_mean(name, known)}")
+        if name == me:
+            raise BadInput(f"--peers: {name} is this node itself: name the others")
+        if name is not None:
+            names.add(name)
+        found = [address] if address is not None else list(member.addresses[:1]) if member is not None else []
+        dials += [Dial(endpoint, name) for endpoint in found]
+    section = experiment.topology
+    if section.graph == PEERS and not section.edges and section.file is None:
+        return sorted(names), dials, True
+    if me not in section.names:
+        raise BadInput(f"topology.nodes does not name {me}; it names {', '.join(section.names[:8])}")
+    neighbours = sorted(topology.build(section, experiment.seed).neighbors(me))
+    for neighbour in neighbours:
+        member = members.by_name(neighbour)
+        if member is None:
+            raise BadInput(f"{neighbour} is a neighbour in the experiment, but its card is not in the roster")
+        if neighbour not in names:
+            dials += [Dial(address, neighbour) for address in member.addresses[:1]]
+    return neighbours, [dial for dial in dials if dial.name is None or dial.name in neighbours], False
+
+
+def _introduce(
+    console: Console, name: str, fingerprint: str, address: str, experiment: Experiment, rows: int, run: Run
+) -> None:
+    say = console.out
+    say(
+        f"{name} ({fingerprint}): {rows} rows, {experiment.train.rounds} rounds, records in {run.path}", highlight=False
+    )
+    if not address:
+        say("dials out only; to be reachable, add --listen tcp://0.0.0.0:PORT", highlight=False)
+        return
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    reachable = socket.gethostname() if host in ("0.0.0.0", "[::]") else host
+    where = address if address.startswith("ipc://") else f"{reachable}:{port}"
+    say(f"others reach it with:  p2pfl node --peers {name}@{where}", highlight=False)
+
+
+def _node_summary(experiment: Experiment, run: Run, name: str, core: Node, finished: bool, seconds: float) -> Line:
+    import networkx as nx
+
+    from p2pfl import topology
+    from p2pfl.records import inside, summarise
+
+    graph = nx.star_graph([name, *core.neighbours])
+    graph.name = "as this node sees it"
+    masses = {other.name: other.mass or 1.0 for other in core.neighbours.values()} | {name: core.settings.mass}
+    write_json(run.topology, json.loads(json.dumps(topology.node_link(graph, masses))))
+    lines = run.node(name).read_metrics()
+    last = lines[-1] if lines else {}
+    mixed = inside(last, "mixed")
+    scores = (
+        {key: float(value) for key, value in mixed.items() if isinstance(value, int | float)}
+        if isinstance(mixed, Mapping)
+        else {}
+    )
+    return summarise(
+        nodes=[name],
+        finished=[name] if finished else [],
+        rounds=experiment.train.rounds,
+        seconds=seconds,
+        last_metrics={name: last} if last else {},
+        mean_model=scores,
+        consensus_distance=number(last, "consensus") or 0.0,
+        rejected=dict(core.conduct.counts),
+        sent=sum(int(number(line, "bytes", "sent") or 0) for line in lines),
+        received=sum(int(number(line, "bytes", "received") or 0) for line in lines),
+        topology=json.loads(json.dumps(topology.implied(graph, experiment.topology.weights, masses))),
+    )
+
+
+# -- up --------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def up(
+    experiment: Annotated[str, typer.Argument(help="An experiment file, or the name of a built-in one.")],
+    nodes: Annotated[int | None, typer.Option(help="This many nodes instead.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where records and models go.")] = None,
+    settings: Settings = None,
+    as_json: JsonFlag = False,
+) -> int:
+    """Run a whole topology on this machine: real node processes over real sockets, with throw-away identities.
+
+    Example: p2pfl up hospitals.toml --set train.lr=0.05
+    """
+    path = find_experiment(experiment)
+    flags: dict[str, Toml] = {} if nodes is None else {"topology.nodes": nodes}
+    loaded = load(path, settings or (), flags)
+    if loaded.topology.graph == PEERS and not loaded.topology.edges and loaded.topology.file is None:
+        raise BadInput(f'{path}: topology.graph is missing: which graph connects the nodes? For example graph = "ring"')
+    from p2pfl import swarm
+    from p2pfl.progress import Progress
+
+    run = create_run(run_dir or default_run_dir(Path(), path.stem, datetime.now()))
+    console = Console(stderr=as_json)
+    with Progress(console, loaded.topology.names, loaded.train.rounds) as progress:
+        outcome = swarm.up(loaded, run, progress.observe)
+    for name, error in outcome.errors.items():
+        sys.stderr.write(f"p2pfl: {name}: {printable(error)}\n")
+    if as_json:
+        _print_json(outcome.summary)
+    else:
+        _print_summary(console, outcome.summary)
+        _say_where(console, run)
+    return 1 if outcome.failed_by_itself else 0
+
+
+def _print_summary(console: Console, summary: Mapping[str, Json]) -> None:
+    failed = summary["failed"]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("finished", f"{summary['finished']} of {summary['nodes']} nodes, {summary['rounds']} rounds")
+    if isinstance(failed, list) and failed:
+        table.add_row("failed", ", ".join(map(str, failed)))
+    metrics = summary["metrics"]
+    for key in sorted(metrics) if isinstance(metrics, Mapping) else ():
+        mean, low, high = (number(summary, "metrics", key, part) for part in ("mean", "min", "max"))
+        if mean is not None:
+            table.add_row(key, f"{mean:.4f} (nodes from {low:.4f} to {high:.4f})")
+    table.add_row("apart", f"{number(summary, 'consensus_distance') or 0.0:.3g} from their mean")
+    sent = number(summary, "bytes", "sent") or 0.0
+    table.add_row("cost", f"{number(summary, 'seconds') or 0.0:.1f} s, {sent / 1e6:.1f} MB sent")
+    rejected = summary["rejected"]
+    if isinstance(rejected, Mapping) and rejected:
+        table.add_row("rejected", ", ".join(f"{code} {count}" for code, count in rejected.items()))
+    console.print()
+    console.print(table)
+
+
+def _say_where(console: Console, run: Run) -> None:
+    console.out(f"\nrecords   {run.path}", highlight=False)
+    console.out(f"next      p2pfl report {run.path}", highlight=False)
+    console.out(f"          p2pfl export {run.path} --out model.safetensors", highlight=False)
+
+
+# -- topology --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def topology(
+    graph: Annotated[str | None, typer.Argument(help="A generator's name, an edge list or an experiment file.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="How many nodes (of a generator).")] = None,
+    weights: Annotated[str | None, typer.Option(help="metropolis, samples, inverse or sqrt.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it into this PNG file.")] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="Name the generators.")] = False,
+    settings: Settings = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """The graph and what it implies: how fast it averages, and how many deaths it survives.
+
+    Example: p2pfl topology ring --nodes 16
+    """
+    from p2pfl import topology as graphs
+
+    if show_list:
+        names = sorted(graphs.GENERATORS)
+        if as_json:
+            _print_json({"generators": names})
+        else:
+            sys.stdout.write("\n".join(names) + "\n")
+        return
+    if graph is None:
+        raise BadInput("which graph? `p2pfl topology --list` names the generators; a file is fine too")
+    experiment, masses = _topology_of(graph, nodes, weights, settings or ())
+    built = graphs.build(experiment.topology, experiment.seed)
+    implied = graphs.implied(built, experiment.topology.weights, masses)
+    if plot is not None:
+        _draw(built, plot)
+    if as_json:
+        _print_json(json.loads(json.dumps(implied)))
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in implied.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{part} {number:g}" for part, number in value.items())
+        shown = f"{value:.6f}" if isinstance(value, float) else "–" if value is None else str(value)
+        table.add_row(key.replace("_", " "), shown)
+    Console().print(table)
+
+
+def _topology_of(
+    graph: str, nodes: int | None, weights: str | None, settings: Sequence[str]
+) -> tuple[Experiment, dict[str, float]]:
+    """The experiment that the argument means, and the mass of each node."""
+    from p2pfl import topology as graphs
+
+    flags: dict[str, Toml] = {}
+    if weights is not None:
+        flags["topology.weights"] = weights
+    if nodes is not None:
+        flags["topology.nodes"] = nodes
+    path = Path(graph)
+    if path.suffix == ".toml":
+        experiment = load(find_experiment(graph), settings, flags)
+        if experiment.topology.weights != "metropolis":
+            from p2pfl.data import load_part
+            from p2pfl.weights import mass
+
+            names = experiment.topology.names
+            rows = {name: len(load_part(experiment, index).train) for index, name in enumerate(names)}
+            return experiment, {name: mass(experiment.topology.weights, count) for name, count in rows.items()}
+    elif path.is_file():
+        listed: list[Toml] = list(graphs.names_in(path))
+        experiment = load(None, settings, {"topology.nodes": listed} | flags | {"topology.file": graph})
+    else:
+        if graph not in graphs.GENERATORS:
+            raise BadInput(f"there is no graph or file {graph!r}{did_you_mean(graph, sorted(graphs.GENERATORS))}")
+        if nodes is None:
+            raise BadInput(f"how many nodes? For example p2pfl topology {graph} --nodes 8")
+        experiment = load(None, settings, {"topology.graph": graph} | flags)
+    return experiment, dict.fromkeys(experiment.topology.names, 1.0)
+
+
+def _draw(graph: nx.Graph, path: Path) -> None:
+    from p2pfl.plots import graph as drawing
+    from p2pfl.plots import png
+
+    figure = drawing(list(graph.nodes), list(graph.edges), name=graph.name, ended={}, scores={}, score="accuracy")
+    try:
+        png(figure, path)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}") from None
+
+
+# -- report and export -----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One run folder, or several to lay side by side.")],
+    out: Annotated[Path | None, typer.Option(help="The page; RUN/report.html if not given.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also write the pictures as PNG files into this folder.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Draw convergence graphs into one self-contained page.
+
+    Example: p2pfl report runs/hospitals-20260101-120000 --png pictures
+    """
+    from p2pfl.report import write_report
+
+    for path in runs:
+        open_run(path)
+    written = write_report(runs, out, png)
+    if as_json:
+        _print_json({"written": [str(path) for path in written]})
+    else:
+        sys.stdout.write("".join(f"{path}\n" for path in written))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    node: Annotated[str, typer.Option(help="Whose model; mean: the mean over the finished nodes.")] = "mean",
+    as_json: JsonFlag = False,
+) -> None:
+    """Write the final model as one safetensors file, names as in the module's state_dict.
+
+    Example: p2pfl export runs/hospitals-20260101-120000 --out model.safetensors
+    """
+    from p2pfl.export import export as export_model
+
+    names = export_model(open_run(run), node, out)
+    if as_json:
+        _print_json({"out": str(out), "of": list(names)})
+    else:
+        whose = names[0] if len(names) == 1 else f"the mean of {', '.join(names)}"
+        sys.stdout.write(f"{out}: {whose}\n")

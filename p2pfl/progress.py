@@ -1,0 +1,178 @@
+"""What a person sees while training goes on: a live table on a terminal, plain lines without one.
+
+It is told the lines that nodes record, keeps the newest of each, and draws. Everything that came from a peer is
+escaped when it was built into a line; nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from p2pfl.messages import printable
+from p2pfl.records import Json, Line, is_number, number
+
+REDRAW = 0.1  # seconds between two drawings of the table
+QUIET = {"joined", "left", "finished", "checkpoint", "late", "returned"}  # events that need no line of their own
+
+
+class Progress:
+    """Call `observe` with every recorded line; use it as a context."""
+
+    def __init__(self, console: Console, names: Sequence[str], rounds: int) -> None:
+        self._console = console
+        self._rounds = rounds
+        self._newest: dict[str, Line] = {}
+        self._notes: dict[str, str] = dict.fromkeys(names, "starts")
+        self._by_round: dict[int, list[Line]] = {}
+        self._gone: set[str] = set()
+        self._drawn = 0.0
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal and len(names) > 1 else None
+
+    def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.update(self._table(), refresh=True)
+            self._live.stop()
+
+    def observe(self, line: Line) -> None:
+        """Take in one line of metrics or events."""
+        name = str(line["node"])
+        if "mixed" in line:
+            self._newest[name] = line
+            missing = line.get("missing")
+            self._notes[name] = f"without {_names(missing)}" if missing else ""
+            self._round_line(line)
+        else:
+            self._event(name, line)
+        if self._live is not None and time.monotonic() - self._drawn >= REDRAW:
+            self._drawn = time.monotonic()
+            self._live.update(self._table(), refresh=True)
+
+    def _event(self, name: str, line: Line) -> None:
+        event = str(line["event"])
+        words = describe(line)
+        if event == "waiting":
+            self._notes[name] = words
+        elif event == "finished":
+            self._notes[name] = "finished"
+        if event == "died":
+            self._gone.add(str(line.get("peer")))
+        if event not in QUIET and self._live is None:
+            self._say(f"{name}: {words}")
+
+    def _round_line(self, line: Line) -> None:
+        """One line a round, once every node that still takes part has ended it."""
+        if self._live is not None:
+            return
+        round = int(number(line, "round") or 0)
+        ended = self._by_round.setdefault(round, [])
+        ended.append(line)
+        if len(ended) < len(self._notes.keys() - self._gone):
+            return
+        del self._by_round[round]
+        merged, missing = _count(ended, "merged"), _count(ended, "missing")
+        sent = sum(number(entry, "bytes", "sent") or 0.0 for entry in ended)
+        seconds = max(number(entry, "seconds", "total") or 0.0 for entry in ended)
+        scores = "  ".join(f"{key} {_spread([_mixed(entry, key) for entry in ended])}" for key in _keys(ended))
+        self._say(
+            f"round {round + 1:>{len(str(self._rounds))}}/{self._rounds}  {scores}  "
+            f"merged {merged}/{merged + missing}  sent {sent / 1e6:.2f} MB  {seconds * 1000:.0f} ms"
+        )
+
+    def _say(self, text: str) -> None:
+        self._console.print(escape(text), highlight=False, soft_wrap=True)
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("node")
+        table.add_column("round", justify="right")
+        keys = _keys(list(self._newest.values())) or ["accuracy", "loss"]
+        for key in keys:
+            table.add_column(key, justify="right")
+        table.add_column("consensus", justify="right")
+        table.add_column("")
+        for name, note in self._notes.items():
+            line = self._newest.get(name)
+            if name in self._gone:
+                note = "[red]died[/red]"
+            if line is None:
+                table.add_row(name, "–", *["–"] * (len(keys) + 1), note)
+                continue
+            scores = [_show(_mixed(line, key)) for key in keys]
+            consensus = number(line, "consensus")
+            round = int(number(line, "round") or 0) + 1
+            table.add_row(name, f"{round}/{self._rounds}", *scores, _show(consensus), note)
+        return table
+
+
+def describe(line: Mapping[str, Json]) -> str:
+    """An event in words."""
+    peer, why = printable(str(line.get("peer", ""))), printable(str(line.get("why", "")))
+    match line["event"]:
+        case "waiting":
+            return f"waits for {_names(line.get('peers'))} since {line.get('since')} s, for {line.get('left')} s more"
+        case "absent":
+            return f"starts without {_names(line.get('peers'))}"
+        case "alone":
+            return "trains alone: nobody is linked"
+        case "suspected":
+            return f"lost its link to {peer} ({why})"
+        case "died":
+            return f"goes on without {peer}: {why}"
+        case "rejected":
+            more = f" ({line['suppressed']} more like it)" if "suppressed" in line else ""
+            return f"event=rejected code={line.get('code')} peer={peer} why={why}{more}"
+        case "quarantined":
+            return f"keeps {peer} out for {line.get('seconds')} s ({line.get('code')})"
+        case "caught_up":
+            return f"was behind and caught up with round {line.get('round')}"
+        case "joined" | "returned":
+            return f"{peer} {line['event']}"
+        case "left":
+            return f"{peer or 'this node'} left"
+        case event:
+            rest = {k: v for k, v in line.items() if k not in ("t", "node", "event")}
+            return " ".join([str(event), *(f"{key}={printable(str(value))}" for key, value in rest.items())])
+
+
+def _keys(lines: Sequence[Mapping[str, Json]]) -> list[str]:
+    mixed = lines[0].get("mixed") if lines else None
+    return sorted(mixed) if isinstance(mixed, Mapping) else []
+
+
+def _mixed(line: Mapping[str, Json], key: str) -> float | None:
+    return number(line, "mixed", key)
+
+
+def _count(lines: Sequence[Mapping[str, Json]], key: str) -> int:
+    return sum(len(value) for line in lines if isinstance(value := line.get(key), Sequence))
+
+
+def _names(value: Json) -> str:
+    return ", ".join(printable(str(name)) for name in value) if isinstance(value, list | tuple) else "nobody"
+
+
+def _show(value: float | None) -> str:
+    return f"{value:.4f}" if is_number(value) else "–"
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    if len(known) == 1:
+        return f"{known[0]:.3f}"
+    return f"{sum(known) / len(known):.3f} ({min(known):.3f}–{max(known):.3f})"

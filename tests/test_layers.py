@@ -1,0 +1,85 @@
+"""The house: a module imports only modules before it in the list of p2pfl/__init__.py, and only its own libraries."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "p2pfl"
+LAYERS = re.compile(r"^    (?:values|logic|edges|drivers|surface) +(.+)$", re.MULTILINE)
+
+# What each module may import besides the standard library and the modules before it.
+LIBRARIES = {
+    "messages": set(),
+    "config": {"pydantic", "tomli"},
+    "rng": {"numpy"},
+    "weights": set(),
+    "conduct": set(),
+    "node": set(),
+    "topology": {"networkx", "numpy", "scipy"},
+    "mixing": {"torch"},
+    "wire": {"msgpack"},
+    "identity": {"cryptography"},
+    "envelope": {"cryptography", "blake3"},
+    "records": set(),
+    "analysis": {"numpy"},
+    "data": {"torch", "sklearn", "numpy"},
+    "models": {"torch"},
+    "learner": {"torch"},
+    "checkpoint": {"safetensors", "torch", "blake3"},
+    "link": {"zmq"},
+    "runtime": {"torch", "safetensors"},
+    "swarm": {"torch", "safetensors", "networkx", "numpy"},
+    "plots": {"matplotlib", "networkx", "numpy"},
+    "report": {"numpy"},
+    "export": {"torch", "safetensors"},
+    "progress": {"rich"},
+    "cli": {"typer", "rich", "networkx"},
+}
+FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+
+
+def order() -> list[str]:
+    docstring = ast.get_docstring(ast.parse((PACKAGE / "__init__.py").read_text("utf-8")), clean=False) or ""
+    return [module for line in LAYERS.findall(docstring) for module in line.split(" · ")]
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that this file imports, anywhere in it, with dots."""
+    found: set[str] = set()
+    for item in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(item, ast.Import):
+            found |= {alias.name for alias in item.names}
+        elif isinstance(item, ast.ImportFrom) and item.module:
+            found |= {f"{item.module}.{alias.name}" for alias in item.names} | {item.module}
+    return found
+
+
+def test_the_list_names_every_module_once() -> None:
+    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert sorted(order()) == sorted(files)
+    assert set(LIBRARIES) == files
+
+
+@pytest.mark.parametrize("module", order())
+def test_a_module_imports_only_what_stands_above_it(module: str) -> None:
+    above = set(order()[: order().index(module)])
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    for name in imports(PACKAGE / f"{module}.py"):
+        top, _, rest = name.partition(".")
+        if top == "p2pfl":
+            imported = rest.split(".")[0]
+            assert imported in above or imported not in modules, f"{module} imports {imported}, which is not above it"
+        elif top not in sys.stdlib_module_names:
+            assert top in LIBRARIES[module], f"{module} imports {top}"
+
+
+@pytest.mark.parametrize("module", order())
+def test_nothing_that_unpickles_is_imported(module: str) -> None:
+    names = imports(PACKAGE / f"{module}.py")
+    assert not FORBIDDEN & {name.partition(".")[0] for name in names}
+    assert "torch.load" not in (PACKAGE / f"{module}.py").read_text("utf-8")

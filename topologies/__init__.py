@@ -1,0 +1,1 @@
+"""Experiment files and graphs that come with the package: data, no code."""
