@@ -12,7 +12,6 @@ alive but slow is given a patience that grows with what was observed of it.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from p2pfl.messages import (
     Leave,
     LinkDown,
     LinkUp,
+    Message,
     Received,
     Record,
     Rejected,
@@ -46,12 +46,13 @@ from p2pfl.messages import (
     Update,
     Value,
 )
-from p2pfl.weights import neighbour_weight
+from p2pfl.weights import neighbour_weight, reach
 
 WAITING_LINE = 5.0  # seconds of waiting before one says for whom, and between two such lines
 OBSERVED_ROUNDS = 16  # how many lateness observations of a neighbour its patience is derived from
 PATIENCE_FACTOR = 3.0  # times the median lateness: three times slower than usual is no longer "slow as usual"
-AHEAD = 1  # rounds that a neighbour may lawfully be ahead: it has our update of the round that we still collect
+MAX_PATIENCE = 3600.0  # seconds: who is late on purpose can delay a round by an hour, not for ever
+MAX_MASS = 2.0**53  # no data set has more rows; and the sum of all masses stays finite
 
 
 class Phase(Enum):
@@ -88,33 +89,33 @@ class Neighbour:
 
     name: str
     linked: bool = False
+    alive: bool = False  # it was linked once, and was neither silent nor away for too long since
     epoch: int = 0
     mass: float | None = None  # None until its first hello
     round: int = 0  # the newest that it claims to work on
     heard: int = -1  # the newest round of which its verified update came
     updates: dict[int, Update] = field(default_factory=dict)  # verified, not yet folded
-    last_sign: float = -math.inf  # when anything valid came
-    down_since: float = -math.inf
+    last_sign: float = 0.0  # when anything valid came
+    down_since: float = 0.0  # when its link broke
     gone_after: int | None = None  # it said goodbye: its updates of rounds below this one were sent
-    dead: bool = False
     lateness: deque[float] = field(default_factory=lambda: deque(maxlen=OBSERVED_ROUNDS))
 
 
 def patience(observed: Sequence[Sequence[float]], floor: float) -> float:
     """How long to wait for living neighbours, from the lateness (s) seen of each: never below `floor` seconds."""
     usual = [statistics.median(lateness) for lateness in observed if lateness]
-    return max(floor, PATIENCE_FACTOR * max(usual, default=0.0))
+    return max(floor, min(PATIENCE_FACTOR * max(usual, default=0.0), MAX_PATIENCE))
 
 
-def catch_up_round(own: int, claims: Sequence[int]) -> int:
+def catch_up_round(own: int, claims: Sequence[int], ahead: float = 1) -> int:
     """The round to jump to, given the rounds of the live neighbours' verified updates; `own` if one is not behind.
 
-    The lower median: no minority of neighbours, and no single lie, can move it.
+    The lower median: no minority of neighbours, and no single lie, can move it. Up to `ahead` rounds it is no reason.
     """
     if not claims:
         return own
     median = sorted(claims)[(len(claims) - 1) // 2]
-    return median if median > own + AHEAD else own
+    return median if median > own + ahead else own
 
 
 class Node:
@@ -123,22 +124,24 @@ class Node:
     def __init__(self, settings: Settings, now: float) -> None:
         self.settings = settings
         self.phase = Phase.JOINING
-        self.round = settings.first_round
+        self.round = settings.first_round  # the one that is trained, or whose updates are collected
         self.conduct = Conduct()
         self.neighbours = {name: Neighbour(name) for name in sorted(settings.neighbours)}
-        self._join_deadline = now + settings.join_timeout
+        # A neighbour has our update of the round that we collect, and may go `staleness` rounds on without the next.
+        self._ahead = settings.staleness + 1
+        self._now = now  # time of the event in hand, or of the last one
+        self._effects: list[Effect] = []  # of the event in hand
+        self._waiting_since = now
         self._next_heartbeat = now + settings.heartbeat
         self._next_waiting_line = now + WAITING_LINE
-        self._collecting_since = now
         self._reach = settings.mass  # of the round in progress
-        self._counted: frozenset[str] = frozenset()  # whose mass is in the reach
+        self._counted: dict[str, float] = {}  # whose mass is in the reach, and which
         self._own_update: Update | None = None
         self._trained: Trained | None = None
         self._merged: tuple[str, ...] = ()
         self._missing: tuple[str, ...] = ()
         self._waited = 0.0
         self._leaving = False
-        self._last_now = now
 
     # -- What the driver asks ----------------------------------------------------------------------------------------
 
@@ -148,89 +151,91 @@ class Node:
         match self.phase:
             case Phase.DONE:
                 return None
-            case Phase.JOINING:
-                return min(self._join_deadline, self._next_heartbeat, self._next_waiting_line)
-            case Phase.COLLECTING:
-                times = [self._next_heartbeat, self._next_waiting_line, self._collect_deadline()]
-                times += [n.down_since + self.settings.grace for n in self._awaited(self._last_now) if not n.linked]
-                return min(times)
             case Phase.COMPUTING:
                 return self._next_heartbeat
+            case Phase.JOINING | Phase.COLLECTING:
+                returns = [n.down_since + self.settings.grace for n in self._awaited() if n.alive and not n.linked]
+                return min(self._next_heartbeat, self._next_waiting_line, self._waits_until(), *returns)
 
     def check_offer(self, peer: str, round: int) -> None:
         """BadMessage if an update of this round is not wanted from this peer; asked before anything is allocated."""
         neighbour = self.neighbours.get(peer)
         if neighbour is None:
             raise BadMessage("not_a_neighbour", f"{peer} is in the roster, but no neighbour of {self.settings.name}")
+        if not neighbour.linked:  # it was shut out a moment ago, and this was under way
+            raise BadMessage("not_linked", f"round {round} of {peer}, which is shut out")
         if round <= neighbour.heard:
             raise BadMessage("stale", f"round {round}, when round {neighbour.heard} has already come")
         if round >= self.settings.rounds:
             raise BadMessage("future", f"round {round} of an experiment with {self.settings.rounds}")
-        claims = [n.round for n in self.neighbours.values() if n.linked]
-        if round > catch_up_round(self.round, claims) + AHEAD:
+        if round > self._horizon():
             raise BadMessage("future", f"round {round}, when {self.settings.name} and most others are at {self.round}")
-        if len(neighbour.updates) > AHEAD:
+        if len(neighbour.updates) >= 2:
             raise BadMessage("busy", f"{len(neighbour.updates)} updates of {peer} wait to be folded")
 
     def awaited(self) -> tuple[str, ...]:
         """Whom this node waits for at the moment."""
-        if self.phase is Phase.JOINING:
-            return tuple(n.name for n in self.neighbours.values() if not n.linked)
-        return tuple(n.name for n in self._awaited(self._last_now)) if self.phase is Phase.COLLECTING else ()
+        return tuple(n.name for n in self._awaited())
 
     # -- What happens ------------------------------------------------------------------------------------------------
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event at time `now` and return what is to be done, in order."""
-        if self.phase is Phase.DONE:
-            return []
-        effects: list[Effect] = []
-        self._forgive_own_pause(now)
-        self._last_now = now
+        if self.phase is not Phase.DONE:
+            self._forgive_own_pause(now)
+            self._now = now
+            self._take_in(event)
+            self._let_time_pass()
+        effects, self._effects = self._effects, []
+        return effects
+
+    def _take_in(self, event: Event) -> None:
         match event:
             case LinkUp():
-                self._link_up(event, now, effects)
+                self._link_up(event)
             case LinkDown(peer, why):
-                self._link_down(peer, why, now, effects)
+                self._link_down(peer, why)
             case Received(peer, message):
-                self._sign_of_life(peer, now, effects)
+                self._sign_of_life(peer)
                 match message:
                     case Update():
-                        self._update(peer, message, now, effects)
+                        self._update(peer, message)
                     case Heartbeat(round):
                         self._claim(peer, round)
                     case Goodbye(round, reason):
-                        self._goodbye(peer, round, reason, effects)
+                        self._goodbye(peer, round, reason)
             case Rejected():
-                self._rejected(event, now, effects)
+                self._rejected(event)
             case Computed():
-                self._computed(event, now, effects)
+                self._computed(event)
             case Leave():
-                self._leave(effects)
+                self._leave()
             case Tick():
                 pass
-        if self._is(Phase.DONE):
-            return effects
-        self._heartbeat(now, effects)
-        self._listen_for_silence(now, effects)
-        self._advance(now, effects)
-        self._say_why_waiting(now, effects)
-        return effects
 
-    def _is(self, phase: Phase) -> bool:
-        return self.phase is phase
+    def _let_time_pass(self) -> None:
+        if self.phase is Phase.DONE:
+            return
+        self._heartbeat()
+        self._listen_for_silence()
+        self._advance()
+        self._say_why_waiting()
 
     def _forgive_own_pause(self, now: float) -> None:
-        # Whoever was itself suspended (SIGSTOP, a laptop's lid) has no right to call the others silent.
-        pause = now - self._last_now
-        if pause > self.settings.silence / 2:
-            for neighbour in self.neighbours.values():
-                neighbour.last_sign += pause
-                neighbour.down_since += pause
+        """Whoever was itself suspended (SIGSTOP, a laptop's lid) must not hold that time against the others."""
+        deadline = self.deadline
+        if deadline is None or now - deadline <= self.settings.silence / 2:
+            return
+        pause = now - self._now
+        self._waiting_since += pause
+        for neighbour in self.neighbours.values():
+            neighbour.last_sign += pause
+            neighbour.down_since += pause
 
-    def _link_up(self, event: LinkUp, now: float, effects: list[Effect]) -> None:
-        if self.settings.equal_masses and event.mass != 1.0:
-            self._rejected(Rejected(event.peer, "bad_mass", f"it claims {event.mass} where all weigh 1"), now, effects)
+    def _link_up(self, event: LinkUp) -> None:
+        if event.mass != 1.0 if self.settings.equal_masses else not 0 < event.mass <= MAX_MASS:
+            allowed = "1" if self.settings.equal_masses else f"above 0, up to {MAX_MASS:.0e}"
+            self._rejected(Rejected(event.peer, "bad_mass", f"it weighs {event.mass}; allowed is {allowed}"))
             return
         if event.peer not in self.neighbours:
             if not self.settings.open:
@@ -238,77 +243,78 @@ class Node:
             self.neighbours[event.peer] = Neighbour(event.peer)
             self.neighbours = dict(sorted(self.neighbours.items()))
         neighbour = self.neighbours[event.peer]
-        if event.epoch > neighbour.epoch:  # a new start of its process: what the old one said no longer counts
-            neighbour.heard = -1
-            neighbour.updates.clear()
-            neighbour.gone_after = None
-            neighbour.round = 0
         back = neighbour.epoch > 0
-        neighbour.linked, neighbour.dead = True, False
-        neighbour.epoch, neighbour.mass, neighbour.last_sign = event.epoch, event.mass, now
-        neighbour.round = max(neighbour.round, event.round)
-        effects.append(_happened("returned" if back else "joined", peer=event.peer, epoch=event.epoch))
+        if event.epoch > neighbour.epoch:  # a new start of its process: what the old one said no longer counts
+            neighbour.round, neighbour.heard, neighbour.gone_after = 0, -1, None
+            neighbour.updates.clear()
+        neighbour.linked = neighbour.alive = True
+        neighbour.epoch, neighbour.mass, neighbour.last_sign = event.epoch, event.mass, self._now
+        self._claim(event.peer, event.round)
+        self._note("returned" if back else "joined", peer=event.peer, epoch=event.epoch)
         own = self._own_update
         if own is not None and event.seen < own.round:  # what was under way when the link broke is lost
-            effects.append(Send((event.peer,), own))
+            self._send((event.peer,), own)
 
-    def _link_down(self, peer: str, why: str, now: float, effects: list[Effect]) -> None:
+    def _link_down(self, peer: str, why: str) -> None:
         neighbour = self.neighbours.get(peer)
         if neighbour is None or not neighbour.linked:
             return
         neighbour.linked = False
-        neighbour.down_since = now
-        if neighbour.gone_after is None:
-            effects.append(_happened("suspected", peer=peer, why=why))
+        neighbour.down_since = self._now
+        if neighbour.alive and neighbour.gone_after is None:
+            self._note("suspected", peer=peer, why=why)
 
-    def _sign_of_life(self, peer: str, now: float, effects: list[Effect]) -> None:
+    def _sign_of_life(self, peer: str) -> None:
         neighbour = self.neighbours.get(peer)
-        if neighbour is None:
+        if neighbour is None or not neighbour.linked:
             return
-        neighbour.last_sign = now
-        if neighbour.dead and neighbour.linked:
-            neighbour.dead = False
-            effects.append(_happened("returned", peer=peer))
+        neighbour.last_sign = self._now
+        if not neighbour.alive:
+            neighbour.alive = True
+            self._note("returned", peer=peer, epoch=neighbour.epoch)
 
-    def _update(self, peer: str, update: Update, now: float, effects: list[Effect]) -> None:
+    def _update(self, peer: str, update: Update) -> None:
         try:
             self.check_offer(peer, update.round)
         except BadMessage as error:
-            self._rejected(Rejected(peer, error.code, error.why), now, effects)
+            self._rejected(Rejected(peer, error.code, error.why))
             return
         neighbour = self.neighbours[peer]
         neighbour.heard = update.round
-        neighbour.round = max(neighbour.round, update.round)
-        neighbour.lateness.append(self._lateness(update.round, now))
-        if update.round < self.round - self.settings.staleness:
-            effects.append(_happened("late", peer=peer, round=update.round))
-            return
+        self._claim(peer, update.round)
+        neighbour.lateness.append(self._lateness(neighbour, update.round))
         if update.mass != neighbour.mass:
             why = f"round {update.round} weighs {update.mass}, its hello said {neighbour.mass}"
-            self._rejected(Rejected(peer, "bad_mass", why), now, effects)
-            return
-        neighbour.updates[update.round] = update
+            self._rejected(Rejected(peer, "bad_mass", why))
+        elif update.round < self._needed:
+            self._note("late", peer=peer, round=update.round)
+        else:
+            if self.settings.staleness > 0:
+                neighbour.updates.clear()  # rounds are not kept in step, so only its newest model counts
+            neighbour.updates[update.round] = update
 
-    def _lateness(self, round: int, now: float) -> float:
-        if round < self.round:
-            return self._patience()  # it missed a deadline: how long it really needs is not known yet
-        return now - self._collecting_since if self.phase is Phase.COLLECTING and round == self.round else 0.0
+    def _lateness(self, neighbour: Neighbour, round: int) -> float:
+        """How long its update of this round was waited for; 0 if it was not."""
+        if round < self._needed:
+            return self._patience([neighbour])  # it missed a deadline: how long it really needs is not known yet
+        waited_for = self.phase is Phase.COLLECTING and round <= self.round
+        return self._now - self._waiting_since if waited_for else 0.0
 
     def _claim(self, peer: str, round: int) -> None:
         neighbour = self.neighbours.get(peer)
-        if neighbour is not None and round < self.settings.rounds:
+        if neighbour is not None and round <= self.settings.rounds:
             neighbour.round = max(neighbour.round, round)
 
-    def _goodbye(self, peer: str, round: int, reason: str, effects: list[Effect]) -> None:
+    def _goodbye(self, peer: str, round: int, reason: str) -> None:
         neighbour = self.neighbours.get(peer)
         if neighbour is not None and neighbour.gone_after is None:
             neighbour.gone_after = round
-            effects.append(_happened("left", peer=peer, reason=reason, round=round))
+            self._note("left", peer=peer, reason=reason, round=round)
 
-    def _rejected(self, event: Rejected, now: float, effects: list[Effect]) -> None:
-        verdict = self.conduct.rejected(event.peer, event.code, now)
-        if event.peer in self.neighbours:
-            neighbour = self.neighbours[event.peer]
+    def _rejected(self, event: Rejected) -> None:
+        verdict = self.conduct.rejected(event.peer, event.code, self._now)
+        neighbour = self.neighbours.get(event.peer)
+        if neighbour is not None:
             neighbour.heard = max(neighbour.heard, event.round)
         if verdict.log:
             fields: dict[str, Value] = {"peer": event.peer, "code": event.code, "why": event.why}
@@ -316,191 +322,190 @@ class Node:
                 fields["suppressed"] = verdict.suppressed
             if event.evidence:
                 fields["evidence"] = tuple(item.hex() for item in event.evidence)
-            effects.append(Record(Happened("rejected", fields)))
+            self._note("rejected", **fields)
         if verdict.quarantine:
-            if event.peer in self.neighbours:
-                neighbour = self.neighbours[event.peer]
-                neighbour.linked = False
-                neighbour.down_since = -math.inf  # no grace: it is not waited for
+            if neighbour is not None:
+                neighbour.linked = neighbour.alive = False
                 neighbour.updates.clear()
-            effects.append(Disconnect(event.peer, verdict.quarantine))
-            effects.append(_happened("quarantined", peer=event.peer, code=event.code, seconds=verdict.quarantine))
+            self._effects.append(Disconnect(event.peer, verdict.quarantine))
+            self._note("quarantined", peer=event.peer, code=event.code, seconds=verdict.quarantine)
 
-    def _computed(self, event: Computed, now: float, effects: list[Effect]) -> None:
+    def _computed(self, event: Computed) -> None:
         if event.folded is not None and self._trained is not None:
-            effects.append(
-                Record(
-                    RoundEnded(
-                        self.round,
-                        self._trained,
-                        event.folded,
-                        self._merged,
-                        self._missing,
-                        self._waited,
-                    )
-                )
-            )
+            ended = RoundEnded(event.round - 1, self._trained, event.folded, self._merged, self._missing, self._waited)
+            self._effects.append(Record(ended))
         if event.trained is None or event.update is None:
-            self._finish(True, effects)
+            self._finish(True)
             return
-        self.round = event.round
         self._trained = event.trained
         self._own_update = Update(event.round, self.settings.mass, self._reach, event.update)
         self.phase = Phase.COLLECTING
-        self._collecting_since = now
-        self._next_waiting_line = now + WAITING_LINE
-        linked = tuple(n.name for n in self.neighbours.values() if n.linked)
-        if linked:
-            effects.append(Send(linked, self._own_update))
+        self._waiting_since = self._now
+        self._next_waiting_line = self._now + WAITING_LINE
+        self._send(self._listeners(), self._own_update)
         if self._leaving:
-            self._finish(False, effects)
+            self._finish(False)
 
-    def _leave(self, effects: list[Effect]) -> None:
+    def _leave(self) -> None:
         if self.phase is Phase.COMPUTING:
             self._leaving = True  # what is being computed is still worth sending
         else:
-            self._finish(False, effects)
+            self._finish(False)
 
-    def _finish(self, finished: bool, effects: list[Effect]) -> None:
+    def _finish(self, finished: bool) -> None:
         self.phase = Phase.DONE
         sent = 0 if self._own_update is None else self._own_update.round + 1
-        linked = tuple(n.name for n in self.neighbours.values() if n.linked)
-        if linked:
-            effects.append(Send(linked, Goodbye(sent, "finished" if finished else "leaving")))
-        effects.append(_happened("finished" if finished else "left", round=sent))
-        effects.append(Done(finished))
+        self._send(self._listeners(), Goodbye(sent, "finished" if finished else "leaving"))
+        self._note("finished" if finished else "left", round=sent)
+        self._effects.append(Done(finished))
 
     # -- What time brings --------------------------------------------------------------------------------------------
 
-    def _heartbeat(self, now: float, effects: list[Effect]) -> None:
-        if now < self._next_heartbeat:
-            return
-        self._next_heartbeat = now + self.settings.heartbeat
-        linked = tuple(n.name for n in self.neighbours.values() if n.linked)
-        if linked:
-            effects.append(Send(linked, Heartbeat(self.round)))
+    def _heartbeat(self) -> None:
+        if self._now >= self._next_heartbeat:
+            self._next_heartbeat = self._now + self.settings.heartbeat
+            self._send(self._listeners(), Heartbeat(self.round))
 
-    def _listen_for_silence(self, now: float, effects: list[Effect]) -> None:
+    def _listen_for_silence(self) -> None:
+        silence, grace = self.settings.silence, self.settings.grace
         for neighbour in self.neighbours.values():
-            if neighbour.dead or neighbour.epoch == 0:
+            if not neighbour.alive:
                 continue
-            if neighbour.linked:
-                gone = now - neighbour.last_sign >= self.settings.silence
-                why = f"no sign of life for {self.settings.silence:g} s"
+            if neighbour.linked and self._now >= neighbour.last_sign + silence:
+                why = f"no sign of life for {silence:g} s"
+            elif not neighbour.linked and self._now >= neighbour.down_since + grace:
+                why = f"its link did not come back within {grace:g} s"
             else:
-                gone = now - neighbour.down_since >= self.settings.grace
-                why = f"its link did not come back within {self.settings.grace:g} s"
-            if gone:
-                neighbour.dead = True
-                if neighbour.gone_after is None:
-                    effects.append(_happened("died", peer=neighbour.name, why=why))
+                continue
+            neighbour.alive = False
+            if neighbour.gone_after is None:
+                self._note("died", peer=neighbour.name, why=why)
 
-    def _say_why_waiting(self, now: float, effects: list[Effect]) -> None:
-        if self.phase not in (Phase.JOINING, Phase.COLLECTING) or now < self._next_waiting_line:
+    def _say_why_waiting(self) -> None:
+        if self.phase not in (Phase.JOINING, Phase.COLLECTING) or self._now < self._next_waiting_line:
             return
-        self._next_waiting_line = now + WAITING_LINE
-        since, until = self._collecting_since, self._collect_deadline()
-        if self.phase is Phase.JOINING:
-            since, until = self._join_deadline - self.settings.join_timeout, self._join_deadline
+        self._next_waiting_line = self._now + WAITING_LINE
         names = self.awaited() or ("peers that have not said who they are",)
-        effects.append(
-            _happened("waiting", peers=names, round=self.round, since=round(now - since, 1), left=round(until - now, 1))
-        )
+        since, left = self._now - self._waiting_since, self._waits_until() - self._now
+        self._note("waiting", peers=names, round=self.round, since=round(since, 1), left=round(left, 1))
 
     # -- Whom to wait for --------------------------------------------------------------------------------------------
 
-    def _alive(self, neighbour: Neighbour, now: float) -> bool:
-        return not neighbour.dead and (neighbour.linked or now < neighbour.down_since + self.settings.grace)
+    @property
+    def _needed(self) -> float:
+        """The oldest round whose updates still count."""
+        return self.round - self.settings.staleness
 
-    def _awaited(self, now: float) -> list[Neighbour]:
-        needed = self.round - self.settings.staleness
-        return [
-            neighbour
-            for neighbour in self.neighbours.values()
-            if neighbour.heard < needed
-            and self._alive(neighbour, now)
-            and (neighbour.gone_after is None or (neighbour.gone_after > neighbour.heard + 1 and neighbour.linked))
-        ]
+    def _horizon(self) -> float:
+        """The newest round whose updates are taken: a little ahead of us, or of most others if those are far ahead."""
+        claims = [n.round for n in self.neighbours.values() if n.linked]
+        return catch_up_round(self.round, claims, self._ahead) + self._ahead
 
-    def _patience(self) -> float:
+    def _awaited(self) -> list[Neighbour]:
+        match self.phase:
+            case Phase.JOINING:
+                return [n for n in self.neighbours.values() if not n.linked]
+            case Phase.COLLECTING:
+                return [n for n in self.neighbours.values() if self._is_awaited(n)]
+            case _:
+                return []
+
+    def _is_awaited(self, neighbour: Neighbour) -> bool:
+        """Whether an update is missing that may still come."""
+        if not neighbour.alive or neighbour.heard >= self._needed:
+            return False
+        if neighbour.gone_after is not None:  # its last update may be under way, as long as the link holds
+            return neighbour.linked and neighbour.gone_after > self._needed
+        return neighbour.round <= self._horizon()  # or else what it sends next is too new for us
+
+    def _patience(self, neighbours: Sequence[Neighbour]) -> float:
         floor = self.settings.patience
         if self.round == self.settings.first_round:  # everybody still warms up, and nothing was observed yet
             floor = max(floor, self.settings.join_timeout)
-        return patience([n.lateness for n in self.neighbours.values()], floor)
+        return patience([n.lateness for n in neighbours], floor)
 
-    def _collect_deadline(self) -> float:
-        return self._collecting_since + self._patience()
+    def _waits_until(self) -> float:
+        """When one goes on without those who are awaited."""
+        if self.phase is Phase.JOINING:
+            return self._waiting_since + self.settings.join_timeout
+        return self._waiting_since + self._patience(self._awaited())
 
     # -- What follows ------------------------------------------------------------------------------------------------
 
-    def _advance(self, now: float, effects: list[Effect]) -> None:
+    def _advance(self) -> None:
         if self.phase is Phase.JOINING:
             expected = len(self.settings.neighbours) + self.settings.unnamed
             linked = sum(n.linked for n in self.neighbours.values())
             named = all(self.neighbours[name].linked for name in self.settings.neighbours)
             under_way = any(n.linked and n.round > self.round for n in self.neighbours.values())
-            if (named and linked >= expected) or under_way or now >= self._join_deadline:
-                self._start(now, effects)
+            if (named and linked >= expected) or under_way or self._now >= self._waits_until():
+                self._start()
         elif self.phase is Phase.COLLECTING:
-            claims = [n.heard for n in self.neighbours.values() if self._alive(n, now)]
-            target = catch_up_round(self.round, claims)
+            claims = [n.heard for n in self.neighbours.values() if n.alive]
+            target = catch_up_round(self.round, claims, self._ahead)
             if target > self.round:
-                self._catch_up(target, effects)
-            elif not self._awaited(now) or now >= self._collect_deadline():
-                self._fold(now, effects)
+                self._catch_up(target)
+            elif not self._awaited() or self._now >= self._waits_until():
+                self._fold()
 
-    def _start(self, now: float, effects: list[Effect]) -> None:
+    def _start(self) -> None:
         missing = tuple(n.name for n in self.neighbours.values() if not n.linked)
         if missing:
-            effects.append(_happened("absent", peers=missing))
+            self._note("absent", peers=missing)
         if not any(n.linked for n in self.neighbours.values()):
-            effects.append(_happened("alone"))
-        self._compute(self.round, (), effects)
+            self._note("alone")
+        self._compute(self.round, ())
 
-    def _fold(self, now: float, effects: list[Effect]) -> None:
+    def _fold(self) -> None:
         contributions = []
         for neighbour in self.neighbours.values():
-            update = self._best_update(neighbour)
-            if update is not None and neighbour.name in self._counted:
+            update = self._take_update(neighbour)
+            # A mass that is not in the reach (it joined, or changed it, during this round) would make more than a mean.
+            if update is not None and self._counted.get(neighbour.name) == update.mass:
                 weight = neighbour_weight(update.mass, self._reach, update.reach)
                 contributions.append(Contribution(neighbour.name, update.round, weight, update.vector))
         self._merged = tuple(c.peer for c in contributions)
         self._missing = tuple(name for name in self.neighbours if name not in self._merged)
-        self._waited = now - self._collecting_since
-        self._compute(self.round + 1, tuple(contributions), effects)
+        self._waited = self._now - self._waiting_since
+        self._compute(self.round + 1, tuple(contributions))
 
-    def _best_update(self, neighbour: Neighbour) -> Update | None:
-        """The update to fold now: of this round, else the newest within the staleness, else of the next round."""
-        rounds = [r for r in neighbour.updates if r <= self.round]
-        if rounds:
-            best = neighbour.updates[max(rounds)]
-            for old in rounds:
-                del neighbour.updates[old]
-            return best
-        return neighbour.updates.pop(min(neighbour.updates)) if neighbour.updates else None
+    def _take_update(self, neighbour: Neighbour) -> Update | None:
+        """The update to fold now: of this very round, or, where staleness is allowed, the only one that was kept."""
+        if self.settings.staleness == 0:
+            return neighbour.updates.pop(self.round, None)
+        return neighbour.updates.popitem()[1] if neighbour.updates else None
 
-    def _catch_up(self, target: int, effects: list[Effect]) -> None:
+    def _catch_up(self, target: int) -> None:
         """One is behind most of the neighbours: take the plain mean of their newest models and go on with them."""
         newest = [(n.name, n.updates[max(n.updates)]) for n in self.neighbours.values() if n.updates]
+        newest = [(name, update) for name, update in newest if update.round >= target]
         contributions = tuple(Contribution(name, u.round, 1 / len(newest), u.vector) for name, u in newest)
         for neighbour in self.neighbours.values():
             neighbour.updates.clear()
-        effects.append(_happened("caught_up", behind=self.round, round=target))
+        self._note("caught_up", behind=self.round, round=target)
         self._trained = None  # the round that is skipped has no record
-        self._compute(target, contributions, effects)
+        self._compute(target, contributions)
 
-    def _compute(self, round: int, contributions: tuple[Contribution, ...], effects: list[Effect]) -> None:
+    def _compute(self, round: int, contributions: tuple[Contribution, ...]) -> None:
         # Degrees and masses change only here, between two rounds, and travel in the signed manifest: so both ends of
         # an edge derive its weight from the same numbers.
-        known = {n.name: n.mass for n in self.neighbours.values() if n.mass is not None}
-        self._counted = frozenset(known)
-        self._reach = self.settings.mass + math.fsum(mass for mass in known.values() if mass is not None)
+        self._counted = {n.name: n.mass for n in self.neighbours.values() if n.mass is not None}
+        self._reach = reach([self.settings.mass, *self._counted.values()])
+        self.round = round
         self.phase = Phase.COMPUTING
         train = round < self.settings.rounds
         if train and round > self.settings.first_round and round % self.settings.checkpoint_every == 0:
-            effects.append(Save(round))
-        effects.append(Compute(round, contributions, self.settings.mass, self._reach, train))
+            self._effects.append(Save(round))
+        self._effects.append(Compute(round, contributions, self.settings.mass, self._reach, train))
 
+    # -- Saying it ---------------------------------------------------------------------------------------------------
 
-def _happened(event: str, **fields: Value) -> Record:
-    return Record(Happened(event, fields))
+    def _listeners(self) -> tuple[str, ...]:
+        return tuple(n.name for n in self.neighbours.values() if n.linked and n.gone_after is None)
+
+    def _send(self, peers: tuple[str, ...], message: Message) -> None:
+        if peers:
+            self._effects.append(Send(peers, message))
+
+    def _note(self, event: str, **fields: Value) -> None:
+        self._effects.append(Record(Happened(event, fields)))

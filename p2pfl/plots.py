@@ -647,7 +647,7 @@ def _place_labels(
                 way = np.array([math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)])
                 centre = place + way * distance + np.round(way) * size / 2  # its nearest corner, or middle of a side
                 outward = way @ (place - middle) / (1 + np.linalg.norm(place - middle))
-                cost = 0.01 * distance - 0.02 * float(outward)
+                cost = 0.06 * distance - 0.02 * float(outward)
                 cost += 100 * float(np.any((centre - size / 2 < 0) | (centre + size / 2 > box)))
                 for other, extent in zip(centres, sizes, strict=False):
                     cost += 30 * float(np.all(np.abs(centre - other) < (size + extent) / 2))

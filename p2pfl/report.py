@@ -423,7 +423,8 @@ def _spread(score: str, values: Sequence[float]) -> str:
     if not values:
         return NONE
     mean = show(score, math.fsum(values) / len(values))
-    return mean if len(values) == 1 else f"{mean} ({show(score, min(values))} to {show(score, max(values))})"
+    low, high = show(score, min(values)), show(score, max(values))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -521,13 +522,15 @@ def _timeline(history: History, routine: bool) -> list[list[str]]:
 STYLE = """
 :root { color-scheme: light dark; LIGHT }
 @media (prefers-color-scheme: dark) { :root { DARK } }
-@media print { :root { color-scheme: light; LIGHT } figure, tr { break-inside: avoid } }
+@media print { :root { color-scheme: light; LIGHT } figure, tr { break-inside: avoid }
+  .wide { overflow: visible } svg { min-width: 0 } table { font-size: .65rem } .numbers td { white-space: normal } }
 body { margin: 0 auto; max-width: 68rem; padding: 2rem 1.25rem 4rem; background: var(--surface); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif }
 h1 { font-size: 1.6rem; margin: 0; overflow-wrap: anywhere } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem }
 .lead { font-size: 1.15rem; max-width: 46rem; margin: .5rem 0 1.5rem } .note, figcaption { color: var(--muted) }
 figcaption, .note { font-size: .9rem; max-width: 60rem }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(14rem, 40%), 1fr)); gap: .75rem 1.5rem; margin: 0 }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(14rem, 40%), 1fr)); gap: .75rem 1.5rem;
+  margin: 0 }
 dt { color: var(--muted); font-size: .85rem }
 dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
 figure { margin: 2rem 0 } figure .wide { margin-left: -1rem } .wide { overflow-x: auto }
@@ -550,7 +553,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None, png: Path | None
     """
     if not runs:
         raise BadInput("no run folder is given: name one or more")
-    histories = [read_history(path, label) for path, label in zip(runs, _labels(runs), strict=True)]
+    histories = [read_history(path, label) for path, label in zip(runs, labels(runs), strict=True)]
     compared = comparison(histories) if len(histories) > 1 else None
     drawn = [pictures(history) for history in histories]
     target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
@@ -563,16 +566,16 @@ def write_report(runs: Sequence[Path], out: Path | None = None, png: Path | None
         raise BadInput(f"cannot write the report: {error}; choose another --out or --png") from None
 
 
-def _labels(runs: Sequence[Path]) -> list[str]:
+def labels(runs: Sequence[Path]) -> list[str]:
     """A short name for each run, no two alike."""
-    labels: list[str] = []
+    found: list[str] = []
     for path in map(Path.resolve, runs):
         label = path.name
         if len({other.resolve() for other in runs if other.resolve().name == label}) > 1:
             label = f"{path.parent.name}/{label}"
-        count = 1 + sum(known.split(" #")[0] == label for known in labels)
-        labels.append(label if count == 1 else f"{label} #{count}")
-    return labels
+        count = 1 + sum(known.split(" #")[0] == label for known in found)
+        found.append(label if count == 1 else f"{label} #{count}")
+    return found
 
 
 def _write_pngs(

@@ -7,12 +7,13 @@ and no object is used on both sides at once.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -242,7 +243,7 @@ class Runtime:
             outcome, self._pending = self._pending.result(), None
             self._own_norm = outcome.norm
             if outcome.happened is not None:
-                self._write(event_line(outcome.happened, t=time.time(), node=self.node.settings.name), event=True)
+                self.record(outcome.happened)
             self._handle(outcome.computed, threads)
         if self._asked_to_leave and not self._leave_told:
             self._leave_told = True
@@ -274,7 +275,7 @@ class Runtime:
             case Record(RoundEnded() as ended):
                 self._round_ended(ended)
             case Record(Happened() as happened):
-                self._write(event_line(happened, t=time.time(), node=self.node.settings.name), event=True)
+                self.record(happened)
             case Done(finished):
                 self._finished = finished
 
@@ -311,8 +312,7 @@ class Runtime:
             why = "the same model as before"
         if why:
             fields: dict[str, Value] = {"peer": peer, "round": round, "why": why}
-            line = event_line(Happened("suspicious", fields), t=time.time(), node=self.node.settings.name)
-            self._write(line, event=True)
+            self.record(Happened("suspicious", fields))
 
     # -- Records -----------------------------------------------------------------------------------------------------
 
@@ -329,13 +329,13 @@ class Runtime:
             received=received - self._bytes[1],
         )
         self._round_began, self._bytes = now, (sent, received)
-        self._write(line, event=False)
+        self._records.append_metrics(line)
+        self._observe(line)
 
-    def _write(self, line: Line, event: bool) -> None:
-        if event:
-            self._records.append_event(line)
-        else:
-            self._records.append_metrics(line)
+    def record(self, happened: Happened) -> None:
+        """Write one event down, and tell whoever observes."""
+        line = event_line(happened, t=time.time(), node=self.node.settings.name)
+        self._records.append_event(line)
         self._observe(line)
 
 
@@ -372,7 +372,8 @@ def assemble(
     listens at once and dials when it runs. BadInput for whatever cannot be built.
     """
     learner = make_learner(experiment, part, identity.name)
-    agreed = experiment.digest()
+    facts = _facts(experiment, learner, part)
+    agreed = hashlib.sha256("\n".join(f"{key} = {value}" for key, value in sorted(facts.items())).encode()).digest()
     found = checkpoint.read(records.checkpoint, agreed) if resume else None
     if found is not None:
         learner.restore(found.tensors)
@@ -401,7 +402,7 @@ def assemble(
         schema=learner.schema.digest,
         size=learner.schema.nbytes,
         mass=own_mass,
-        facts=_facts(experiment, learner),
+        facts=facts,
     )
     link = Link(identity, roster, epoch, greeting, node.check_offer, listen)
     sealer = Sealer(identity, agreed, learner.schema.digest, learner.schema.nbytes, epoch)
@@ -409,11 +410,17 @@ def assemble(
     norm = check_vector(learner.vector, None)
     for dial in dials:
         link.dial(dial.address, () if dial.name is None else (dial.name,))
-    return Runtime(node, link, worker, records, epoch, norm, observe, before_round)
+    runtime = Runtime(node, link, worker, records, epoch, norm, observe, before_round)
+    for note in learner.notes:
+        runtime.record(Happened("note", {"why": note}))
+    return runtime
 
 
-def _facts(experiment: Experiment, learner: Learner) -> Mapping[str, str]:
-    return experiment.agreement() | {tensor.name: str(tensor) for tensor in learner.schema.tensors}
+def _facts(experiment: Experiment, learner: Learner, part: Part) -> dict[str, str]:
+    """What all members must have alike, in words; its digest stands for the federation."""
+    # Two files whose labels differ can give equal schemas, and would number the classes differently.
+    classes = {"data.classes": ", ".join(part.train.classes)}
+    return experiment.agreement() | classes | {tensor.name: str(tensor) for tensor in learner.schema.tensors}
 
 
 def leave_on_signals(runtime: Runtime) -> None:

@@ -38,9 +38,9 @@ def main() -> None:
     alone, together = RUNS / f"demo-alone-{started}", RUNS / f"demo-{started}"
 
     console.rule("Each hospital alone, on its own patients")
-    up(alone, "topology.graph=empty")
+    up(alone, "topology.graph=empty", quiet=True)
     console.rule(f"Together, with no server; {VICTIM} is killed (SIGKILL) in round {AT_ROUND + 1}")
-    up(together, f'faults=[{{kind="kill", node="{VICTIM}", round={AT_ROUND}}}]')
+    up(together, f'faults=[{{kind="kill", node="{VICTIM}", round={AT_ROUND}}}]', quiet=False)
     subprocess.run([*P2PFL, "report", str(together)], check=True, stdout=subprocess.DEVNULL)
     model = together / "model.safetensors"
     subprocess.run([*P2PFL, "export", str(together), "--out", str(model)], check=True, stdout=subprocess.DEVNULL)
@@ -63,6 +63,7 @@ def main() -> None:
         "  .venv/bin/p2pfl topology ring --nodes 16      what a graph implies\n"
         "  .venv/bin/p2pfl node --help                   take part with your own data on your own machine",
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -167,6 +167,9 @@ def test_another_seed_is_another_split() -> None:
     one, two = (load_part(experiment(4, seed, name="digits"), 0) for seed in (0, 1))
     assert not torch.equal(one.train.targets, two.train.targets)
     assert not torch.equal(one.test.inputs, two.test.inputs)
+    for kind in ("iid", "dirichlet", "shards"):
+        targets, section = np.arange(400) % 10, config.DataSection(split=kind)
+        assert not np.array_equal(split_rows(targets, 4, section, 0)[0], split_rows(targets, 4, section, 1)[0])
 
 
 def test_each_node_standardises_by_its_own_training_rows() -> None:
@@ -215,6 +218,7 @@ def test_spreadsheet_habits_are_understood(tmp_path: Path) -> None:
     table = read_csv(path, "sick")
     assert table.inputs.tolist() == [[1.5], [2.0], [3.0]]
     assert (table.targets.tolist(), table.classes) == ([1, 0, 1], ("0", "1"))
+    assert read_csv(path, "age").targets.tolist() == [1.5, 2.0, 3.0]
 
 
 def test_a_constant_column_becomes_zero_also_in_rows_where_it_differs(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ LIBRARIES = {
     "runtime": {"torch", "safetensors"},
     "swarm": {"torch", "safetensors", "networkx", "numpy"},
     "plots": {"matplotlib", "networkx", "numpy"},
-    "report": {"numpy"},
+    "report": {"matplotlib", "numpy"},
     "export": {"torch", "safetensors"},
     "progress": {"rich"},
     "cli": {"typer", "rich", "networkx"},

@@ -325,6 +325,12 @@ def test_evaluating_changes_nothing() -> None:
     it.evaluate()
     after = it.state()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    watched, alone = learner(net(0.5)), learner(net(0.5))
+    for round in range(2):
+        watched.train(round)
+        watched.evaluate()
+        alone.train(round)
+    assert torch.equal(watched.vector, alone.vector)
 
 
 @pytest.mark.parametrize("model", [{"name": "mlp", "hidden": [32]}, {"name": "cnn", "channels": [8]}])
@@ -365,9 +371,11 @@ def test_another_name_or_round_is_another_order_and_another_dropout() -> None:
     it = learner()
     orders = [torch.cat(batches_of(it, *which)).tolist() for which in ((0,), (1,), (0, "node-1"))]
     assert len({tuple(order) for order in orders}) == 3
+    rows = part()
+    same = Part(Dataset(torch.ones(50, 4), torch.zeros(50, dtype=torch.int64), CLASSES), rows.test)
     vectors = []
     for name, round in (("node-0", 0), ("node-0", 1), ("node-1", 0)):
-        it = learner(net(0.5), name=name, batch_size=50)  # one batch: nothing but the dropout differs
+        it = learner(net(0.5), same, name=name)  # all rows are the same: nothing but the dropout differs
         it.train(round)
         vectors.append(it.vector)
     assert not torch.allclose(vectors[0], vectors[1], atol=1e-4)

@@ -1,0 +1,147 @@
+"""The experiment file: what it takes, and what it says of a mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from p2pfl.config import Experiment, builtin_experiments, find_experiment, load, to_toml
+from p2pfl.messages import BadInput
+
+CONTRACT = """
+seed = 0
+[topology]
+graph = "ring"
+nodes = 8
+weights = "metropolis"
+[data]
+name = "digits"
+split = "dirichlet"
+alpha = 0.5
+test_fraction = 0.2
+[model]
+name = "mlp"
+hidden = [128]
+[train]
+rounds = 30
+local_epochs = 1
+batch_size = 32
+optimizer = "sgd"
+lr = 0.1
+[mix]
+rule = "mean"
+nnm = false
+tolerate = 0
+momentum = "none"
+beta = 0.9
+correction = "none"
+compress = "none"
+schedule = "sync"
+[network]
+staleness = 0
+base_port = 0
+join_timeout = 60
+[[faults]]
+kind = "kill"
+node = 3
+round = 5
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "experiment.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_file_of_the_contract_is_taken(tmp_path: Path) -> None:
+    experiment = load(write(tmp_path, CONTRACT))
+    assert experiment.topology.names == tuple(f"node-{i}" for i in range(8))
+    assert experiment.fault_for("node-3") is not None
+    assert experiment.fault_for("node-4") is None
+
+
+def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
+    experiment = load(write(tmp_path, CONTRACT), ["model.hidden=[]", 'topology.nodes=["b", "a"]', "faults=[]"])
+    assert load(write(tmp_path, to_toml(experiment))) == experiment
+
+
+def test_settings_precede_flags_precede_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, CONTRACT)
+    assert load(path).train.rounds == 30
+    assert load(path, flags={"train.rounds": 20}).train.rounds == 20
+    assert load(path, ["train.rounds=10"], {"train.rounds": 20}).train.rounds == 10
+
+
+def test_paths_in_a_file_are_meant_from_where_it_lies(tmp_path: Path) -> None:
+    path = write(tmp_path, '[data]\nname = "csv"\npath = "rows.csv"\n')
+    assert load(path).data.path == tmp_path / "rows.csv"
+
+
+MISTAKES = {
+    "tran.lr=1": "unknown key tran; did you mean 'train'?",
+    "train.lrr=1": "unknown key train.lrr; did you mean 'lr'?",
+    "train.lr=-1": "train.lr: Input should be greater than 0 (given: -1)",
+    "train.lr=nan": "train.lr: Input should be a finite number",
+    "train.rounds=0": "train.rounds",
+    "train.optimizer=sdg": "train.optimizer = 'sdg' is not one of 'sgd', 'adam' or 'adamw'",
+    "mix.rule=krum": "mix.rule = 'krum' is not in this version, which has 'mean'",
+    "topology.graph=rnig": "graph = 'rnig' is not known; did you mean 'ring'?",
+    "topology.nodes=0": "at least one node is needed",
+    'topology.nodes=["a", "a"]': "differ from each other",
+    'topology.nodes=["a/b"]': "'a/b' is not a name",
+    'topology.nodes=["..", "a"]': "'..' is not a name",
+    'topology.edges=[["a","b"]]': "give one of graph, file and edges",
+    'faults=[{kind="kill", node=8, round=1}]': "there is no node 8",
+    'faults=[{kind="kill", node=-1, round=1}]': "there is no node -1",
+    'faults=[{kind="kil", node=1, round=1}]': "faults.0.kind = 'kil' is not one of 'kill'",
+    'faults=[{kind="kill", nod=1, round=1}]': "unknown key faults.0.nod; did you mean 'node'?",
+    "data.split=sizes": "data.sizes has 0 numbers for 8 nodes",
+    "data.test_fraction=1": "data.test_fraction",
+    "seed": "write it as key=value",
+    "seed.x=1": "seed is a value, not a table",
+}
+
+
+@pytest.mark.parametrize("setting", MISTAKES)
+def test_a_mistake_is_named_in_one_line(tmp_path: Path, setting: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        load(write(tmp_path, CONTRACT), [setting])
+    assert MISTAKES[setting] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_momentum_with_adam_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="momentum belongs to sgd; adam has its own"):
+        load(write(tmp_path, CONTRACT), ["train.optimizer=adam", "train.momentum=0.9"])
+
+
+def test_a_file_that_is_no_toml_is_named_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"experiment.toml is not TOML: .*line 1"):
+        load(write(tmp_path, "seed = = 1"))
+
+
+def test_the_agreement_holds_what_changes_the_model_and_nothing_else() -> None:
+    plain = Experiment()
+    digest = plain.digest()
+    own_affairs = ["data.name=digits", "network.staleness=3", "train.device=cpu", "topology.nodes=5", "data.alpha=1.0"]
+    agreed = [
+        "seed=1",
+        "train.lr=0.2",
+        "train.rounds=7",
+        "model.hidden=[8]",
+        "topology.weights=samples",
+        "mix.beta=0.5",
+    ]
+    assert all(load(settings=[setting]).digest() == digest for setting in own_affairs)
+    assert all(load(settings=[setting]).digest() != digest for setting in agreed)
+
+
+def test_built_in_experiments_are_found_by_name_and_sound() -> None:
+    assert {"hospitals.toml", "ring-8.toml"} <= set(builtin_experiments())
+    for name, path in builtin_experiments().items():
+        assert load(find_experiment(name)) == load(path)
+        assert find_experiment(name.removesuffix(".toml")) == path
+    with pytest.raises(BadInput, match=r"built in are hospitals\.toml"):
+        find_experiment("hospital")
