@@ -243,7 +243,7 @@ def _neighbourhood(experiment: Experiment, me: str, peers: str, members: Roster)
     names: set[str] = set()
     dials: list[Dial] = []
     for word in filter(None, (word.strip() for word in peers.split(","))):
-        by_name_only = ":" not in word and "/" not in word  # it dials us, or the roster has its address
+        by_name_only = not set(word) & set(":/@")  # it dials us, or the roster has its address
         name, address = (word, None) if by_name_only else parse_peer(word)
         member = members.by_name(name) if name is not None else None
         if name is not None and member is None:

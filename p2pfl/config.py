@@ -213,10 +213,15 @@ class Experiment(Section):
 # -- Reading ---------------------------------------------------------------------------------------------------------
 
 
+KNOWN_SHOWN = 12  # words in an error message
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """The end of an error message: the nearest known word, or all of them."""
+    """The end of an error message: the nearest known word, or the first of them."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known are {', '.join(known[:KNOWN_SHOWN])}{' …' if len(known) > KNOWN_SHOWN else ''}"
 
 
 def flatten(tree: Mapping[str, Toml], prefix: str = "") -> dict[str, Toml]:

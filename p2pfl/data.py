@@ -324,7 +324,7 @@ def _check_header(header: Sequence[str], target: str | None, path: Path) -> int:
     if target is None:
         raise BadInput(f"{path}: name the column to predict with data.target or --target; there are {_list(header)}")
     if target not in header:
-        raise BadInput(f"{path} has no column {target!r}{did_you_mean(target, header[:12])}")
+        raise BadInput(f"{path} has no column {target!r}{did_you_mean(target, header)}")
     if len(header) == 1:
         raise BadInput(f"{path} has only the target column {target!r}: there is nothing to learn from")
     return header.index(target)
@@ -422,7 +422,7 @@ def number_labels(
     ids = {label: number for number, label in enumerate(classes)}
     for row, label in enumerate(labels):
         if label not in ids:
-            raise BadInput(f"{place(row)} is {label!r}, not one of data.classes{did_you_mean(label, classes[:12])}")
+            raise BadInput(f"{place(row)} is {label!r}, not one of data.classes{did_you_mean(label, classes)}")
     return np.array([ids[label] for label in labels], np.int64), classes
 
 
@@ -455,7 +455,7 @@ def import_function(text: str, key: str) -> Function:
     function: object = getattr(module, function_name, None)
     if not callable(function):
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise BadInput(f"{key} = {text!r}: {module_name} has no such function{did_you_mean(function_name, known[:12])}")
+        raise BadInput(f"{key} = {text!r}: {module_name} has no such function{did_you_mean(function_name, known)}")
     return function
 
 

@@ -362,6 +362,7 @@ class Link:
     def _open_router(self, listen: str | None) -> zmq.Socket[bytes]:
         router = self._context.socket(zmq.ROUTER)
         self._configure(router)
+        router.ipv6 = listen is not None and "[" in listen  # else IPv4 addresses are shown as ::ffff:127.0.0.1
         router.curve_server = True
         router.zap_domain = ZAP_DOMAIN
         router.router_mandatory = True  # to an unknown routing id: an error, not silence

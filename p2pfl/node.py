@@ -162,8 +162,6 @@ class Node:
         neighbour = self.neighbours.get(peer)
         if neighbour is None:
             raise BadMessage("not_a_neighbour", f"{peer} is in the roster, but no neighbour of {self.settings.name}")
-        if not neighbour.linked:  # it was shut out a moment ago, and this was under way
-            raise BadMessage("not_linked", f"round {round} of {peer}, which is shut out")
         if round <= neighbour.heard:
             raise BadMessage("stale", f"round {round}, when round {neighbour.heard} has already come")
         if round >= self.settings.rounds:
@@ -276,6 +274,8 @@ class Node:
     def _update(self, peer: str, update: Update) -> None:
         try:
             self.check_offer(peer, update.round)
+            if not self.neighbours[peer].linked:
+                raise BadMessage("shut_out", f"round {update.round} was under way when {peer} was shut out")
         except BadMessage as error:
             self._rejected(Rejected(peer, error.code, error.why))
             return
@@ -441,8 +441,8 @@ class Node:
             if (named and linked >= expected) or under_way or self._now >= self._waits_until():
                 self._start()
         elif self.phase is Phase.COLLECTING:
-            claims = [n.heard for n in self.neighbours.values() if n.alive]
-            target = catch_up_round(self.round, claims, self._ahead)
+            models = [max(n.updates, default=-1) for n in self.neighbours.values() if n.alive]
+            target = catch_up_round(self.round, models, self._ahead)
             if target > self.round:
                 self._catch_up(target)
             elif not self._awaited() or self._now >= self._waits_until():

@@ -19,7 +19,15 @@ from p2pfl.messages import printable
 from p2pfl.records import Json, Line, is_number, number
 
 REDRAW = 0.1  # seconds between two drawings of the table
-QUIET = {"joined", "left", "finished", "checkpoint", "late", "returned"}  # events that need no line of their own
+QUIET = {
+    "started",
+    "joined",
+    "left",
+    "finished",
+    "checkpoint",
+    "late",
+    "returned",
+}  # events that need no line of their own
 
 
 class Progress:

@@ -15,14 +15,13 @@ from functools import cached_property
 from html import escape
 from pathlib import Path
 
-import networkx as nx
 from matplotlib.figure import Figure
 
 from p2pfl import config, plots
 from p2pfl.messages import BadInput, printable
 from p2pfl.plots import Mark, Trace, show, show_bytes, show_seconds
 from p2pfl.records import Json, Line, count_rejected, inside, is_number, number, open_run, read_json, words, write_text
-from p2pfl.topology import implied
+from p2pfl.topology import build, implied
 
 SCORES_SHOWN = 5  # scores that get a picture of their own
 ROWS_OPEN = 40  # rows of a table that is not folded away
@@ -158,12 +157,16 @@ def _implied(topology: Line) -> Line:
     """What the graph implies, for a run without a summary; empty where the file does not say enough."""
     names, edges = _graph(topology)
     masses = {str(node["id"]): number(node, "mass") or 1.0 for node in _mappings(topology, "nodes") if "id" in node}
-    if not names or not all(masses.get(name, 0.0) > 0 for name in names):
+    drawn: config.Toml = [[a, b] for a, b in edges]
+    section: dict[str, config.Toml] = {"nodes": list(names), **({"edges": drawn} if edges else {"graph": "empty"})}
+    try:
+        graph = build(config.validate({"topology": section}, "topology.json").topology, seed=0)
+    except BadInput:
         return {}
-    graph = nx.Graph(name=str(inside(topology, "graph", "name") or "graph"))
-    graph.add_nodes_from(names)
-    graph.add_edges_from(edges)
-    return dict(implied(graph, NONE, masses))  # type: ignore[arg-type]  # a TypedDict; its values are all JSON
+    if min(masses.values()) <= 0:
+        return {}
+    facts = implied(graph, NONE, masses) | {"name": str(inside(topology, "graph", "name") or "graph")}
+    return dict(facts)  # type: ignore[arg-type]  # a TypedDict; its values are all JSON
 
 
 def _graph(topology: Line) -> tuple[list[str], list[tuple[str, str]]]:

@@ -411,6 +411,7 @@ def assemble(
     for dial in dials:
         link.dial(dial.address, () if dial.name is None else (dial.name,))
     runtime = Runtime(node, link, worker, records, epoch, norm, observe, before_round)
+    runtime.record(Happened("started", {"rows": learner.samples, "round": settings.first_round}))
     for note in learner.notes:
         runtime.record(Happened("note", {"why": note}))
     return runtime
