@@ -37,7 +37,7 @@ MAX_HEADER = 64 * 1024  # bytes
 MAX_MANIFEST = 4 * 1024  # bytes
 CHUNK = 1 << 20  # bytes of parameters in one chunk
 TAG = 16  # bytes that sealing adds to a chunk
-MAX_FRAME = CHUNK + TAG  # bytes; larger frames are refused by the socket itself
+MAX_FRAME = CHUNK + TAG + 64  # bytes; the socket refuses larger frames, and counts 33 of CURVE's own to each
 MAX_FACTS = 48 * 1024  # bytes of a description, well below MAX_HEADER
 MAX_FACT = 400  # characters of one value in a description
 

@@ -379,6 +379,16 @@ def test_an_update_that_comes_while_the_next_round_is_trained_is_late() -> None:
     assert node.handle(Tick(), 17.5) == [compute(3, folded("a", round=2))]
 
 
+def test_who_is_ready_before_us_is_not_late() -> None:
+    node = collecting(round=1, neighbours=("a",), patience=5.0)
+    node.handle(got("a", 1), 0.0)
+    for r in range(2, 9):
+        node.handle(got("a", r), 100.0 * r - 10.0)  # we train for 100 s, it does for 90 s
+        node.handle(computed(r), 100.0 * r)
+    node.handle(computed(9), 900.0)
+    assert (node.awaited(), node._waits_until()) == (("a",), 905.0)
+
+
 def test_a_neighbour_that_is_stuck_is_not_given_the_time_of_a_slower_one() -> None:
     node = collecting(round=1, patience=5.0)
     now = 0.0
