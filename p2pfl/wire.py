@@ -39,7 +39,7 @@ CHUNK = 1 << 20  # bytes of parameters in one chunk
 TAG = 16  # bytes that sealing adds to a chunk
 MAX_FRAME = CHUNK + TAG + 64  # bytes; the socket refuses larger frames, and counts 33 of CURVE's own to each
 MAX_FACTS = 48 * 1024  # bytes of a description, well below MAX_HEADER
-MAX_FACT = 400  # characters of one value in a description
+MAX_FACT = 400  # characters of a name or a value in a description: what differs goes into a log line
 
 Field = str | int | float | bool | bytes | Mapping[str, str]
 Check = Callable[[object], bool]
@@ -73,10 +73,11 @@ def _flag(value: object) -> bool:
 
 
 def _facts(value: object) -> bool:
-    return isinstance(value, dict) and all(type(v) is str for v in value.values())
+    return isinstance(value, dict) and all(type(v) is str and max(len(k), len(v)) <= MAX_FACT for k, v in value.items())
 
 
 _ROUND = _integer(0, MAX_ROUND)
+FACTS = "facts"  # the only key of all whose value is a map
 
 # Type numbers are append only: a number that was once used never gets another meaning.
 _TYPES: dict[int, tuple[type[WireMessage], dict[str, Check]]] = {
@@ -98,7 +99,7 @@ _TYPES: dict[int, tuple[type[WireMessage], dict[str, Check]]] = {
             "signature": _bytes(64),
         },
     ),
-    2: (Describe, {"facts": _facts}),
+    2: (Describe, {FACTS: _facts}),
     3: (Heartbeat, {"round": _ROUND}),
     4: (Grant, {"round": _ROUND, "chunks": _integer(1, 2**31)}),
     5: (Refused, {"round": _ROUND, "code": _name}),
@@ -122,7 +123,7 @@ def encode(message: WireMessage) -> tuple[bytes, memoryview | bytes]:
     for key in checks:
         header[key] = getattr(message, key)
     if isinstance(message, Describe):
-        header["facts"] = _shortened(message.facts)
+        header[FACTS] = _shortened(message.facts)
     body = getattr(message, _BODIES[kind]) if kind in _BODIES else b""
     return pack(header), body
 
@@ -132,6 +133,8 @@ def _shortened(facts: Mapping[str, str]) -> dict[str, str]:
     short: dict[str, str] = {}
     room = MAX_FACTS
     for key, value in facts.items():
+        if len(key) > MAX_FACT:
+            continue
         room -= len(key.encode()) + 4 * min(len(value), MAX_FACT) + 16
         if room < 0:
             break
@@ -155,7 +158,7 @@ def decode(header: memoryview | bytes, body: memoryview | bytes) -> WireMessage:
     """
     if len(header) > MAX_HEADER:
         raise BadMessage("too_large", f"a header of {len(header)} bytes; at most {MAX_HEADER} are read")
-    fields = unpack(header)
+    fields = unpack(header, table=FACTS)
     number = fields.pop("type", None)
     if type(number) is not int or number not in _TYPES:
         raise BadMessage("unknown_type", f"message type {str(number)[:20]!r} is not known")
@@ -186,38 +189,44 @@ def check_fields(what: str, fields: Mapping[str, object], checks: Mapping[str, C
             raise BadMessage("bad_header", f"{what}.{key} is {str(fields[key])[:40]!r}")
 
 
-def unpack(data: memoryview | bytes) -> dict[str, object]:
-    """A msgpack map with distinct string keys; BadMessage for anything else, whatever its size claims."""
+def unpack(data: memoryview | bytes, table: str | None = None) -> dict[str, object]:
+    """A msgpack map of distinct string keys and scalar values; BadMessage for anything else, whatever its size claims.
+
+    The value of the key `table` may itself be such a map.
+    """
+    # Maps are walked through here, and msgpack sees scalars only: it would make room for what each of a thousand nested
+    # containers claims to hold (measured: 80 MB for 64 KiB), and nothing could limit their depth.
     size = len(data)
+    unpacker = msgpack.Unpacker(
+        raw=False,
+        ext_hook=_no_extension,
+        max_buffer_size=max(size, 1),
+        max_str_len=size,
+        max_bin_len=size,
+        max_array_len=0,
+        max_map_len=0,
+        max_ext_len=0,
+    )
+    unpacker.feed(data)
     try:
-        # No container can hold more elements than there are bytes, so a claimed 2^32 elements allocates nothing.
-        value = msgpack.unpackb(
-            data,
-            raw=False,
-            strict_map_key=True,
-            object_pairs_hook=_distinct,
-            ext_hook=_no_extension,
-            max_str_len=size,
-            max_bin_len=size,
-            max_array_len=size,
-            max_map_len=size,
-            max_ext_len=0,
-        )
+        fields = _read_map(unpacker, table)
+        if unpacker.tell() != size:
+            raise ValueError(f"{size - unpacker.tell()} bytes after its end")
     except (ValueError, msgpack.UnpackException) as error:
-        raise BadMessage("bad_header", f"not msgpack as it is spoken here: {str(error)[:80]}") from None
-    if not isinstance(value, dict):
-        raise BadMessage("bad_header", f"a header is a map, this is a {type(value).__name__}")
-    return value
+        why = str(error)[:80] or "it ends too early"
+        raise BadMessage("bad_header", f"not msgpack as it is spoken here: {why}") from None
+    return fields
 
 
-def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _read_map(unpacker: msgpack.Unpacker, table: str | None) -> dict[str, object]:
     fields: dict[str, object] = {}
-    for key, value in pairs:
+    for _ in range(unpacker.read_map_header()):
+        key = unpacker.unpack()
         if type(key) is not str:
             raise ValueError(f"a key that is no string: {str(key)[:40]!r}")
         if key in fields:
             raise ValueError(f"the key {key[:40]!r} twice")
-        fields[key] = value
+        fields[key] = _read_map(unpacker, None) if key == table else unpacker.unpack()
     return fields
 
 
