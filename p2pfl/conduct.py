@@ -7,10 +7,12 @@ left out. Mistakes that no accident explains exclude their maker for ten minutes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 LOG_INTERVAL = 1.0  # seconds between two log lines of one peer and code
 FIRST_QUARANTINE = 600.0  # seconds
-MAX_ENTRIES = 1024  # peers and codes remembered for the log limit; strangers can invent addresses without end
+MAX_QUARANTINE = 86_400.0  # seconds: who mended his node comes back within a day without our help
+MAX_ENTRIES = 1024  # peers (and codes) remembered; strangers can invent addresses without end
 
 # How many times before quarantine. What the network or an old program can cause is counted, never punished.
 STRIKES = {
@@ -20,6 +22,9 @@ STRIKES = {
     "bad_mass": 1,  # another weight than it announced, or than the experiment allows
     "flood": 1,  # a message without end
 }
+
+Key = TypeVar("Key")
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +41,33 @@ class Conduct:
         self.counts: dict[str, int] = {}  # code → how many, over all peers
         self._logged: dict[tuple[str, str], tuple[float, int]] = {}  # (peer, code) → when, and left out since
         self._strikes: dict[tuple[str, str], int] = {}
-        self._quarantines: dict[str, int] = {}
+        self._quarantines: dict[str, tuple[int, float]] = {}  # peer → how many so far, and when the last one ends
 
     def rejected(self, peer: str, code: str, now: float) -> Verdict:
         """Count one mistake of `peer` at time `now` (seconds, monotonic) and say what follows from it."""
         self.counts[code] = self.counts.get(code, 0) + 1
-        when, left_out = self._logged.get((peer, code), (-LOG_INTERVAL, 0))
+        when, left_out = self._logged.get((peer, code), (now - LOG_INTERVAL, 0))
         log = now - when >= LOG_INTERVAL
-        if len(self._logged) >= MAX_ENTRIES and (peer, code) not in self._logged:
-            del self._logged[next(iter(self._logged))]  # the oldest
-        self._logged[peer, code] = (now, 0) if log else (when, left_out + 1)
-        return Verdict(log, left_out if log else 0, self._quarantine(peer, code))
+        _remember(self._logged, (peer, code), (now, 0) if log else (when, left_out + 1))
+        return Verdict(log, left_out if log else 0, self._quarantine(peer, code, now))
 
-    def _quarantine(self, peer: str, code: str) -> float:
-        if code not in STRIKES:
+    def _quarantine(self, peer: str, code: str, now: float) -> float:
+        before, until = self._quarantines.get(peer, (0, now))
+        if code not in STRIKES or now < until:  # what was under way when it was shut out is the same offence
             return 0.0
         strikes = self._strikes.get((peer, code), 0) + 1
-        self._strikes[peer, code] = strikes % STRIKES[code]
+        _remember(self._strikes, (peer, code), strikes % STRIKES[code])
         if strikes < STRIKES[code]:
             return 0.0
-        before = self._quarantines.get(peer, 0)
-        self._quarantines[peer] = before + 1
-        return FIRST_QUARANTINE * 2.0**before
+        seconds = FIRST_QUARANTINE
+        for _ in range(before):
+            seconds = min(2 * seconds, MAX_QUARANTINE)
+        _remember(self._quarantines, peer, (before + 1, now + seconds))
+        return seconds
+
+
+def _remember(table: dict[Key, Entry], key: Key, entry: Entry) -> None:
+    """Set the entry, and drop the oldest one if there are too many."""
+    if len(table) >= MAX_ENTRIES and key not in table:
+        del table[next(iter(table))]
+    table[key] = entry

@@ -280,7 +280,9 @@ class Computed:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """The user asked to stop: say goodbye and end."""
+    """The user asked to stop, or the own training failed: say goodbye and end."""
+
+    at_once: bool = False  # not even wait for what is being computed
 
 
 @dataclass(frozen=True, slots=True)

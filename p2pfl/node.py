@@ -206,8 +206,8 @@ class Node:
                 self._rejected(event)
             case Computed():
                 self._computed(event)
-            case Leave():
-                self._leave()
+            case Leave(at_once):
+                self._leave(at_once)
             case Tick():
                 pass
 
@@ -346,8 +346,8 @@ class Node:
         if self._leaving:
             self._finish(False)
 
-    def _leave(self) -> None:
-        if self.phase is Phase.COMPUTING:
+    def _leave(self, at_once: bool) -> None:
+        if self.phase is Phase.COMPUTING and not at_once:
             self._leaving = True  # what is being computed is still worth sending
         else:
             self._finish(False)

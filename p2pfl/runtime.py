@@ -170,6 +170,7 @@ class Runtime:
         self._last_norms: dict[str, float] = {}
         self._save_next = False
         self._finished: bool | None = None
+        self._failure: TrainingFailed | None = None
         self._pending: Future[Outcome] | None = None
         self._round_began = time.monotonic()
         self._bytes = (0, 0)
@@ -206,7 +207,10 @@ class Runtime:
     # -- The loop ----------------------------------------------------------------------------------------------------
 
     def run(self, lifeline: int | None = None) -> bool:
-        """Take part until done; True if all rounds were finished. When `lifeline` closes, the process ends at once."""
+        """Take part until done; True if all rounds were finished. When `lifeline` closes, the process ends at once.
+
+        TrainingFailed if the own training did, after the others were told.
+        """
         with ExitStack() as stack:
             stack.callback(self._records.close)
             stack.callback(os.close, self._read_end)
@@ -223,6 +227,8 @@ class Runtime:
             if self._finished:
                 self._worker.write_model(self._records.model)
             self._drain()
+            if self._failure is not None:
+                raise self._failure
             return self._finished
 
     def _turn(self, threads: ThreadPoolExecutor, lifeline: int | None) -> None:
@@ -240,7 +246,13 @@ class Runtime:
 
     def _look_around(self, threads: ThreadPoolExecutor) -> None:
         if self._pending is not None and self._pending.done():
-            outcome, self._pending = self._pending.result(), None
+            pending, self._pending = self._pending, None
+            try:
+                outcome = pending.result()
+            except TrainingFailed as error:
+                self._failure = error
+                self._handle(Leave(at_once=True), threads)  # the others need not wait for what will not come
+                return
             self._own_norm = outcome.norm
             if outcome.happened is not None:
                 self.record(outcome.happened)

@@ -1150,3 +1150,14 @@ def test_whatever_happens(
         assert node.deadline is not None and node.deadline > now
     else:
         pytest.fail("it waits for ever")
+
+
+def test_leaving_at_once_does_not_wait_for_what_is_being_computed() -> None:
+    node = Node(Settings("a", rounds=3, neighbours=("b",)), now=0.0)
+    node.handle(LinkUp("b", epoch=1, round=0, mass=1.0, seen=-1), 0.0)
+    assert node.phase is Phase.COMPUTING
+    assert node.handle(Leave(at_once=True), 1.0) == [
+        Send(("b",), Goodbye(0, "leaving")),
+        Record(Happened("left", {"round": 0})),
+        Done(False),
+    ]
