@@ -240,7 +240,8 @@ def pictures(history: History) -> list[Picture]:
         caption += " apart as fast as averaging pulls together."
     elif lambda2 == 0:
         caption += " On this graph one averaging makes all models equal: what is left is one round of training."
-    found.append(Picture("consensus", plots.consensus(traces, marks, lambda2), caption))
+    if any(value > 0 for trace in traces for value in trace.values):  # a node alone has nobody to be apart from
+        found.append(Picture("consensus", plots.consensus(traces, marks, lambda2), caption))
     active = [node for node in history.nodes if node.lines]
     caption = "Mean over a node's rounds. Waiting ends when the last neighbour's update is there; other is the rest."
     found.append(Picture("time", plots.time_split({node.name: _time_parts(node) for node in active}), caption))

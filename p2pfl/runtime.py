@@ -172,7 +172,7 @@ class Runtime:
         self._finished: bool | None = None
         self._failure: TrainingFailed | None = None
         self._pending: Future[Outcome] | None = None
-        self._round_began = time.monotonic()
+        self._round_began: float | None = None  # None: still joining
         self._bytes = (0, 0)
         self._read_end, self._write_end = os.pipe()  # one byte for each thing that the loop must look at
         os.set_blocking(self._write_end, False)
@@ -220,7 +220,6 @@ class Runtime:
             self.link.watch(self._read_end)
             if lifeline is not None:
                 self.link.watch(lifeline)
-            self._round_began = time.monotonic()
             self._handle(Tick(), threads)
             while self._finished is None:
                 self._turn(threads, lifeline)
@@ -277,6 +276,8 @@ class Runtime:
             case Save():
                 self._save_next = True
             case Compute():
+                if self._round_began is None:
+                    self._round_began = time.monotonic()
                 self._before_round(effect.round)
                 self.link.round = effect.round
                 self._pending = threads.submit(self._worker.compute, effect, self._save_next)
@@ -336,7 +337,7 @@ class Runtime:
             t=time.time(),
             node=self.node.settings.name,
             epoch=self._epoch,
-            total_seconds=now - self._round_began,
+            total_seconds=now - (self._round_began or now),
             sent=sent - self._bytes[0],
             received=received - self._bytes[1],
         )

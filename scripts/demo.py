@@ -16,14 +16,10 @@ P2PFL = (sys.executable, "-m", "p2pfl")
 RUNS = Path("runs")
 
 
-def up(run: Path, *settings: str) -> None:
-    """Run the hospitals into this folder, the lines of progress as they come."""
-    command = [*P2PFL, "up", "hospitals", "--run-dir", str(run)]
-    for setting in settings:
-        command += ["--set", setting]
-    subprocess.run(
-        command, check=True, stdout=sys.stdout if not settings or "faults" in settings[0] else subprocess.DEVNULL
-    )
+def up(run: Path, setting: str, quiet: bool) -> None:
+    """Run the hospitals into this folder."""
+    command = [*P2PFL, "up", "hospitals", "--run-dir", str(run), "--set", setting]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL if quiet else None)
 
 
 def last_accuracy(run: Path, node: str, key: str) -> tuple[int, float]:
