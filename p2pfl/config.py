@@ -7,7 +7,6 @@ probably meant. Nothing here looks at data, graphs or models: only at whether th
 from __future__ import annotations
 
 import difflib
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -181,11 +180,6 @@ class Experiment(Section):
         if self.topology.graph == PEERS and not self.topology.edges and self.topology.file is None:
             del tree["topology"]["nodes"]  # neighbours are each node's own affair
         return {key: repr(value) for key, value in flatten(tree).items()}
-
-    def digest(self) -> bytes:
-        """SHA-256 over the agreement: two members can train together only if theirs are equal."""
-        text = "\n".join(f"{key} = {value}" for key, value in sorted(self.agreement().items()))
-        return hashlib.sha256(text.encode()).digest()
 
     def fault_for(self, name: str) -> Fault | None:
         """The fault that is meant for this node, if any."""

@@ -124,7 +124,7 @@ def test_a_file_that_is_no_toml_is_named_with_its_line(tmp_path: Path) -> None:
 
 def test_the_agreement_holds_what_changes_the_model_and_nothing_else() -> None:
     plain = Experiment()
-    digest = plain.digest()
+    agreement = plain.agreement()
     own_affairs = ["data.name=digits", "network.staleness=3", "train.device=cpu", "topology.nodes=5", "data.alpha=1.0"]
     agreed = [
         "seed=1",
@@ -134,8 +134,8 @@ def test_the_agreement_holds_what_changes_the_model_and_nothing_else() -> None:
         "topology.weights=samples",
         "mix.beta=0.5",
     ]
-    assert all(load(settings=[setting]).digest() == digest for setting in own_affairs)
-    assert all(load(settings=[setting]).digest() != digest for setting in agreed)
+    assert all(load(settings=[setting]).agreement() == agreement for setting in own_affairs)
+    assert all(load(settings=[setting]).agreement() != agreement for setting in agreed)
 
 
 def test_built_in_experiments_are_found_by_name_and_sound() -> None:
