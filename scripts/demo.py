@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-VICTIM, AT_ROUND = "birchwood", 8
+VICTIM, AT_ROUND = "ashford", 10  # the largest of them, and the first to be started
 P2PFL = (sys.executable, "-m", "p2pfl")
 RUNS = Path("runs")
 
