@@ -92,8 +92,11 @@ def up(
         sys.stdout.flush()
         sys.stderr.flush()
         for index, name in enumerate(names):
-            ours, theirs = socket.socketpair()
-            pid = os.fork()
+            try:
+                ours, theirs = socket.socketpair()
+                pid = os.fork()
+            except OSError as error:
+                raise BadInput(f"cannot start node {index + 1} of {len(names)}: {error.strerror}; use fewer") from None
             if pid == 0:
                 for pipe in (ours, *(child.pipe for child in children)):
                     pipe.close()  # or the children would keep each other's pairs alive
