@@ -143,7 +143,7 @@ class Sealed:
         return -(-len(self.lease.view) // (CHUNK + TAG))
 
     def chunk(self, index: int) -> memoryview:
-        """The sealed bytes of chunk `index`: at most CHUNK + TAG."""
+        """The sealed bytes of chunk `index`, at most CHUNK + TAG; valid as long as the lease is held."""
         return self.lease.view[index * (CHUNK + TAG) : (index + 1) * (CHUNK + TAG)]
 
 

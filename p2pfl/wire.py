@@ -164,7 +164,7 @@ def decode(header: memoryview | bytes, body: memoryview | bytes) -> WireMessage:
         raise BadMessage("unknown_type", f"message type {str(number)[:20]!r} is not known")
     kind, checks = _TYPES[number]
     if kind is Hello and fields.get("protocol") != PROTOCOL_VERSION:
-        raise BadMessage("version_mismatch", f"ours={PROTOCOL_VERSION} theirs={str(fields.get('protocol'))[:20]}")
+        raise BadMessage("version_mismatch", f"ours={PROTOCOL_VERSION} theirs={fields.get('protocol')!r:.20}")
     check_fields(kind.__name__, fields, checks)
     limit = _BODY_LIMITS.get(kind, 0)
     if len(body) > limit or (limit and not len(body)):
@@ -192,7 +192,7 @@ def check_fields(what: str, fields: Mapping[str, object], checks: Mapping[str, C
 def unpack(data: memoryview | bytes, table: str | None = None) -> dict[str, object]:
     """A msgpack map of distinct string keys and scalar values; BadMessage for anything else, whatever its size claims.
 
-    The value of the key `table` may itself be such a map.
+    The value of the key `table` may itself be such a map. An empty container passes as a scalar, for a check to refuse.
     """
     # Maps are walked through here, and msgpack sees scalars only: it would make room for what each of a thousand nested
     # containers claims to hold (measured: 80 MB for 64 KiB), and nothing could limit their depth.
