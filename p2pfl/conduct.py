@@ -6,6 +6,7 @@ left out. Mistakes that no accident explains exclude their maker for ten minutes
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -46,7 +47,7 @@ class Conduct:
     def rejected(self, peer: str, code: str, now: float) -> Verdict:
         """Count one mistake of `peer` at time `now` (seconds, monotonic) and say what follows from it."""
         self.counts[code] = self.counts.get(code, 0) + 1
-        when, left_out = self._logged.get((peer, code), (now - LOG_INTERVAL, 0))
+        when, left_out = self._logged.get((peer, code), (-math.inf, 0))
         log = now - when >= LOG_INTERVAL
         _remember(self._logged, (peer, code), (now, 0) if log else (when, left_out + 1))
         return Verdict(log, left_out if log else 0, self._quarantine(peer, code, now))
@@ -59,9 +60,7 @@ class Conduct:
         _remember(self._strikes, (peer, code), strikes % STRIKES[code])
         if strikes < STRIKES[code]:
             return 0.0
-        seconds = FIRST_QUARANTINE
-        for _ in range(before):
-            seconds = min(2 * seconds, MAX_QUARANTINE)
+        seconds = min(FIRST_QUARANTINE * 2.0 ** min(before, 10), MAX_QUARANTINE)
         _remember(self._quarantines, peer, (before + 1, now + seconds))
         return seconds
 

@@ -6,14 +6,17 @@ Control and bulk are two connections a peer, so 100 MB cannot delay a heartbeat.
 sent now is dropped, and the node finds out by what does not come back.
 
 An update travels as an offer (its signed manifest and key) and chunks, both on the bulk connection. An offer carries
-credit for the first WINDOW chunks; more is granted as chunks are opened. Nothing is allocated for an offer before its
-signature, sizes, epoch and round are found right, and nothing of it leaves this file before all of it is.
+credit for the first WINDOW chunks; more is granted as chunks are opened, and credit beyond the last chunk says that all
+came and the next update may be offered. So an honest peer never has more than WINDOW chunks under way. Nothing is
+allocated for an offer before its signature, sizes, epoch and round are found right, and nothing of it leaves this file
+before all of it is.
 
 The driver calls `poll`, performs what follows, and calls `send`. This file decides nothing about rounds.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import socket as sockets
@@ -23,6 +26,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from typing import TypeAlias, get_args
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -55,7 +59,7 @@ from p2pfl.messages import (
 )
 from p2pfl.wire import MAX_FRAME, decode, encode, pack
 
-WINDOW = 8  # chunks (8 MiB) that may be under way to one peer beyond what it has opened
+WINDOW = 8  # chunks (8 MiB) that may be under way to one peer: enough for 1 Gbit/s at a round trip of 60 ms
 HELLO_CONTEXT = b"hello"
 ZAP_DOMAIN = b"p2pfl"
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by RFC 27
@@ -65,13 +69,25 @@ KEEPALIVE_TIMEOUT_MS = 6_000  # without an answer libzmq closes the connection a
 RECONNECT_MS = 50  # first attempt after a broken connection …
 RECONNECT_MAX_MS = 2_000  # … doubling up to this
 QUEUE = 64  # messages in a socket's queue, each way and peer; bulk is bounded far lower, by credit
+SOCKETS = 16_384  # of ZeroMQ in this process; a peer that is dialled takes six, monitors and their inner ends included
 BATCH = 256  # messages read from one socket before the others get their turn
+LATE_NOTICES = 1_024  # events of connections that may wait until what came on them is read
 REMEMBERED_MANIFESTS = 8  # of each peer, to prove that it signed two updates for one round
-GUARD_INTERVAL = 1.0  # seconds between two looks at what connections hold back
-MAX_UNDELIVERED = 24 << 20  # bytes received on one connection that no whole message has come of: 3 windows
+MAX_FRAMES = 3  # of a message on the ROUTER: routing id, header, body
+GUARD_INTERVAL = 0.05  # seconds between two looks at what connections hold back: an attacker's head start
+MAX_UNDELIVERED = 10 << 20  # bytes from one peer that no whole message has come of: a window and a quarter
+OWN_PAUSE = 1.0  # seconds between two looks after which one does not blame others for what has piled up
+PING_BYTES = 64  # a second: what the pings and pongs of libzmq take on a connection, and more
+MAX_SILENCE = 10.0  # seconds that an accepted connection may take to say who it is
 FRAME_OVERHEAD = 64  # bytes; more than ZMTP and CURVE add to a frame
-RETRY = 1.0  # seconds before the keys of the roster are tried again at an address where none of them lives
+RETRY = 0.5  # seconds before an address is dialled again where nobody, or nobody whom we know, let us in
+SPARE_RETRY = 30.0  # seconds before a second address of a member to whom we are connected is dialled again
+MAX_BARRED = 1_024  # addresses that are kept out
 TCP_BYTES_RECEIVED = 128  # offset of tcpi_bytes_received in Linux' struct tcp_info
+
+
+_Socket: TypeAlias = "zmq.Socket[bytes]"
+LAST_WORDS = ("bad_hello", "no_hello", "quarantined")  # mistakes after which a connection is closed
 
 
 class _Event(IntEnum):
@@ -104,7 +120,7 @@ class Greeting:
 class _Route:
     """How to reach the other end of one connection."""
 
-    socket: zmq.Socket[bytes]
+    socket: _Socket
     prefix: tuple[bytes, ...]  # the routing id, on the ROUTER
 
     def send(self, header: bytes, body: memoryview | bytes) -> bool:
@@ -135,8 +151,8 @@ class _Path:
 @dataclass(slots=True)
 class _Outgoing:
     sealed: Sealed
+    granted: int  # chunks; more than there are: all have come
     next: int = 0
-    granted: int = WINDOW
 
 
 @dataclass(slots=True)
@@ -152,11 +168,11 @@ class _Peer:
     sending: _Outgoing | None = None
     waiting: Sealed | None = None  # the newest update that waits for the one being sent
     incoming: Opening | None = None
-    granted: int = 0
+    granted: int = 0  # to it, of the update that comes in
+    owed: Grant | Refused | None = None  # what it waits for, until it could be handed over
     dropped: int = -1  # round of the update that was refused last: chunks of it may still be under way
     seen: int = -1  # newest round whose update came whole
     manifests: OrderedDict[int, Offer] = field(default_factory=OrderedDict)
-    barred_until: float = 0.0
 
     @property
     def name(self) -> str:
@@ -168,11 +184,13 @@ class _Dial:
     """One address that we keep dialling, with each of the keys that may live there until one answers."""
 
     address: str
+    names: tuple[str, ...]  # who may live there; empty: any member
     candidates: tuple[Member, ...]
     which: int = 0
-    control: zmq.Socket[bytes] | None = None
-    bulk: zmq.Socket[bytes] | None = None
+    control: _Socket | None = None
+    bulk: _Socket | None = None
     retry_at: float | None = None
+    connected: bool = False  # the control connection has authenticated the candidate
     settled: bool = False  # a candidate has answered
     refused: bool = False  # said once that it does not know us
 
@@ -183,11 +201,28 @@ class _Dial:
 
 @dataclass(slots=True)
 class _Connection:
-    """One TCP or IPC connection, by file descriptor, as libzmq tells of it."""
+    """One TCP or IPC connection."""
 
-    address: str
-    peer: str | None = None
+    inbox: _Socket  # of ours, on which it comes in
+    descriptor: int
+    address: str  # of the other end
+    since: float
+    peer: str | None = None  # who has spoken on it
+    channel: Channel | None = None  # what its hello said; None before
+    routing_id: bytes = b""  # on the ROUTER, from its first message on
     delivered: int = 0  # bytes that came out of it as whole messages, overhead included
+    shut: bool = False  # we hung up: what was under way counts for nothing
+
+
+@dataclass(frozen=True, slots=True)
+class _Notice:
+    """Something that libzmq told of a connection."""
+
+    inbox: _Socket
+    dial: _Dial | None  # None: accepted
+    channel: Channel  # of the dial
+    event: int
+    connection: _Connection | None
 
 
 class Link:
@@ -214,21 +249,24 @@ class Link:
         self._buffers = Buffers(greeting.size)
         self._peers: dict[str, _Peer] = {}
         self._dials: list[_Dial] = []
-        self._channels: dict[bytes, tuple[str, Channel]] = {}  # routing id on the ROUTER → whose, and which
-        self._routing_ids: dict[int, bytes] = {}  # file descriptor → routing id
-        self._connections: dict[int, _Connection] = {}
+        self._connections: dict[tuple[_Socket, int], _Connection] = {}  # by our socket and its file descriptor
+        self._spoken: dict[bytes, _Connection] = {}  # those on the ROUTER that have sent something, by routing id
+        self._barred: dict[str, float] = {}  # members and addresses → until when they are kept out
         self._events: list[Event] = []
-        self._unread: list[tuple[_Dial | None, Channel, int, int]] = []  # monitor events that wait for the data
-        self._failure = ""
-        self._next_guard = 0.0
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._notices: list[_Notice] = []
+        self._failures: dict[_Socket, str] = {}  # why the connection failed whose end is told next
+        self._looked_at = self._next_guard = time.monotonic()
+        self._context: zmq.Context[_Socket] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, SOCKETS)
         self._poller = zmq.Poller()
-        self._monitors: dict[zmq.Socket[bytes], tuple[_Dial | None, Channel]] = {}
-        self._dealers: dict[zmq.Socket[bytes], tuple[_Dial, Channel]] = {}
+        self._monitor_numbers = itertools.count()
+        self._monitors: dict[_Socket, tuple[_Socket, _Dial | None, Channel]] = {}
+        self._dealers: dict[_Socket, tuple[_Dial, Channel]] = {}
         self._zap = self._context.socket(zmq.REP)
         self._zap.bind(ZAP_ENDPOINT)
         self._poller.register(self._zap, zmq.POLLIN)
         self._router = self._open_router(listen)
+        self._router_monitor = self._monitor(self._router, None, "control")
         self.address = self._router.get_string(zmq.LAST_ENDPOINT).rstrip("\0") if listen else ""
 
     # -- For the driver ----------------------------------------------------------------------------------------------
@@ -244,39 +282,46 @@ class Link:
 
     def dial(self, address: str, names: Iterable[str] = ()) -> None:
         """Connect to `address`, where one of `names` lives (any member, if none is given), and stay connected."""
-        members = [self._member(name) for name in names]
-        if not members:  # oneself comes last: it may be our own address
-            members = sorted(self._roster.members, key=lambda member: member.name == self.identity.name)
-        dial = _Dial(address, tuple(members))
+        names = tuple(names)
+        for name in names:
+            if self._roster.by_name(name) is None:
+                raise BadInput(f"{name} is not in the roster: add its card, which `p2pfl keygen {name}` made there")
+        dial = _Dial(address, names, self._candidates(names))
         self._dials.append(dial)
-        self._connect(dial)
+        try:
+            self._connect(dial)
+        except zmq.ZMQError as error:
+            raise BadInput(f"cannot dial {address}: {error.strerror}; write it as HOST:PORT") from None
 
     def poll(self, timeout: float) -> tuple[list[Event], set[int]]:
         """Wait up to `timeout` seconds; return what happened and which watched descriptors are readable."""
-        if self._unread:
+        if self._notices:
             timeout = 0.0
         ready = dict(self._poller.poll(max(0, math.ceil(timeout * 1000))))
         now = time.monotonic()
-        # Monitor events are read before the data but handled after it: what a peer sent before it hung up counts.
         for monitor in [s for s in ready if s in self._monitors]:
-            self._read_monitor(monitor)
+            self._read_monitor(monitor, now)
         if self._zap in ready:
             self._answer_zap(now)
-        cut_short = False
-        for inbox in [s for s in ready if s is self._router or s in self._dealers]:
-            cut_short |= self._read_inbox(inbox)
-        if not cut_short:
-            unread, self._unread = self._unread, []
-            for event in unread:
-                self._monitor_event(*event, now)
+        inboxes = [s for s in ready if s is self._router or s in self._dealers]
+        busy = {inbox for inbox in inboxes if self._read_inbox(inbox, now)}
+        # Read before the data, handled after it: what a peer sent before it hung up counts. But whoever sends without
+        # end must not fill our memory with the comings and goings of others.
+        notices, self._notices = self._notices, []
+        for notice in notices:
+            if notice.inbox in busy and len(notices) < LATE_NOTICES:
+                self._notices.append(notice)
+            elif not notice.inbox.closed:  # by what an earlier one told of
+                self._take_notice(notice, now)
         for peer in self._peers.values():
+            self._settle(peer)
             self._pump(peer)
         if now >= self._next_guard:
             self._next_guard = now + GUARD_INTERVAL
-            self._guard()
+            self._guard(now)
         for dial in self._dials:
             if dial.retry_at is not None and now >= dial.retry_at:
-                self._connect(dial)
+                self._redial(dial, now)
         events, self._events = self._events, []
         return events, {item for item in ready if isinstance(item, int)}
 
@@ -290,63 +335,74 @@ class Link:
             if frames is not None:
                 self._transmit(peer.path.control, *frames)
             elif isinstance(message, Update) and isinstance(message.vector, Sealed):
-                if peer.sending is None:
-                    self._begin(peer, message.vector)
-                elif peer.sending.sealed is not message.vector:
+                if peer.sending is None or peer.sending.sealed is not message.vector:
                     peer.waiting = message.vector
+                self._pump(peer)
 
     def disconnect(self, name: str, seconds: float) -> None:
-        """Close the links to this member and keep it out for so long."""
-        member = self._roster.by_name(name)
-        if member is None:
-            return
-        peer = self._peers.setdefault(name, _Peer(member))
-        peer.barred_until = time.monotonic() + seconds
+        """Close the links to this member (or address) and keep it out for so long."""
+        now = time.monotonic()
+        if len(self._barred) >= MAX_BARRED:
+            self._barred = {who: until for who, until in self._barred.items() if until > now}
+        if len(self._barred) < MAX_BARRED or self._roster.by_name(name) is not None:
+            self._barred[name] = now + seconds
+        peer = self._peers.get(name)
+        if peer is not None:
+            self._forget(peer, "quarantined")
         self._hang_up(name)
         for dial in self._dials:
             if dial.member.name == name:
                 self._close_dial(dial)
-                dial.retry_at = peer.barred_until
-        self._forget(peer, "quarantined")
+                dial.retry_at = now + seconds
 
     def replace_roster(self, roster: Roster) -> None:
-        """From now on only these members: whoever is no longer among them is hung up on."""
+        """From now on only these members: whoever is no longer among them is hung up on, and not dialled again."""
         self._roster = roster
         for name, peer in list(self._peers.items()):
-            if roster.by_name(name) != peer.member:
-                self._hang_up(name)
-                for dial in [d for d in self._dials if d.member.name == name]:
-                    self._close_dial(dial)
-                    self._dials.remove(dial)
-                self._events.append(Rejected(name, "revoked", "its card is no longer in the roster"))
-                self._forget(peer, "revoked")
-                del self._peers[name]
+            member = roster.by_name(name)
+            if member is not None and member.card == peer.member.card:
+                peer.member = member
+                continue
+            self._events.append(Rejected(name, "revoked", "its card is no longer in the roster"))
+            self._forget(peer, "revoked")
+            self._hang_up(name)
+            del self._peers[name]
+        for dial in list(self._dials):
+            current, dial.candidates = dial.member.card, self._candidates(dial.names)
+            cards = [member.card for member in dial.candidates]
+            if current in cards:
+                dial.which = cards.index(current)
+                continue
+            self._close_dial(dial)
+            dial.which, dial.settled, dial.retry_at = 0, False, 0.0
+            if not cards:
+                self._dials.remove(dial)
 
     @property
     def idle(self) -> bool:
-        """Whether every update has been handed over."""
-        return all(peer.sending is None or peer.path is None for peer in self._peers.values())
+        """Whether every update has arrived at every peer that is there."""
+        return all(
+            peer.path is None or (peer.sending is None and peer.waiting is None) for peer in self._peers.values()
+        )
 
     def close(self, linger: float) -> None:
         """Close everything; what was handed over is given `linger` seconds to leave the machine."""
         for dial in self._dials:
             self._close_dial(dial, linger)
         self._router.disable_monitor()
-        for monitor in self._monitors:
-            monitor.close(0)
+        self._router_monitor.close(0)
         self._router.close(round(linger * 1000))
         self._zap.close(0)
         self._context.term()
 
     # -- Sockets -----------------------------------------------------------------------------------------------------
 
-    def _member(self, name: str) -> Member:
-        member = self._roster.by_name(name)
-        if member is None:
-            raise BadInput(f"{name} is not in the roster: add its card, which `p2pfl keygen {name}` made there")
-        return member
+    def _candidates(self, names: tuple[str, ...]) -> tuple[Member, ...]:
+        """The members of these names, or all; oneself comes last: the address may be our own."""
+        members = [member for member in self._roster.members if not names or member.name in names]
+        return tuple(sorted(members, key=lambda member: member.name == self.identity.name))
 
-    def _configure(self, socket: zmq.Socket[bytes]) -> None:
+    def _configure(self, socket: _Socket) -> None:
         socket.curve_secretkey = self.identity.link_secret
         socket.curve_publickey = self.identity.card.link_key
         socket.maxmsgsize = MAX_FRAME
@@ -359,62 +415,78 @@ class Link:
         socket.reconnect_ivl = RECONNECT_MS
         socket.reconnect_ivl_max = RECONNECT_MAX_MS
 
-    def _open_router(self, listen: str | None) -> zmq.Socket[bytes]:
+    def _open_router(self, listen: str | None) -> _Socket:
         router = self._context.socket(zmq.ROUTER)
         self._configure(router)
         router.ipv6 = listen is not None and "[" in listen  # else IPv4 addresses are shown as ::ffff:127.0.0.1
         router.curve_server = True
         router.zap_domain = ZAP_DOMAIN
         router.router_mandatory = True  # to an unknown routing id: an error, not silence
-        self._monitor(router, None, "control")
         if listen is not None:
             try:
                 router.bind(listen.removesuffix(":0") + ":*" if listen.endswith(":0") else listen)
             except zmq.ZMQError as error:
+                self._context.destroy(0)
                 raise BadInput(
                     f"cannot listen at {listen}: {error.strerror}; choose another port, or an address of this machine"
                 ) from None
         self._poller.register(router, zmq.POLLIN)
         return router
 
-    def _monitor(self, socket: zmq.Socket[bytes], dial: _Dial | None, channel: Channel) -> None:
-        monitor: zmq.Socket[bytes] = socket.get_monitor_socket(_MONITORED)
-        self._monitors[monitor] = (dial, channel)
+    def _monitor(self, socket: _Socket, dial: _Dial | None, channel: Channel) -> _Socket:
+        # Not pyzmq's get_monitor_socket: it names them by file descriptor, which is used again before the name is free.
+        address = f"inproc://monitor-{next(self._monitor_numbers)}"
+        socket.monitor(address, _MONITORED)
+        monitor = self._context.socket(zmq.PAIR)
+        monitor.connect(address)
+        self._monitors[monitor] = (socket, dial, channel)
         self._poller.register(monitor, zmq.POLLIN)
+        return monitor
 
     def _connect(self, dial: _Dial) -> None:
         dial.retry_at = None
-        opened = []
-        for channel in ("control", "bulk"):
+        for channel in get_args(Channel):
             dealer = self._context.socket(zmq.DEALER)
+            setattr(dial, channel, dealer)
+            self._dealers[dealer] = (dial, channel)
             self._configure(dealer)
             dealer.curve_serverkey = dial.member.card.link_key
             dealer.immediate = True  # queue for connections that exist, not for ones that may come
             self._monitor(dealer, dial, channel)
             self._poller.register(dealer, zmq.POLLIN)
-            self._dealers[dealer] = (dial, channel)
-            try:
-                dealer.connect(dial.address)
-            except zmq.ZMQError as error:
-                raise BadInput(f"cannot dial {dial.address}: {error.strerror}; write it as HOST:PORT") from None
-            opened.append(dealer)
-        dial.control, dial.bulk = opened
+            dealer.connect(dial.address)
+
+    def _redial(self, dial: _Dial, now: float) -> None:
+        try:
+            self._connect(dial)
+        except zmq.ZMQError as error:  # it worked before: there are no file descriptors left, say
+            self._events.append(Rejected(dial.address, "dial_failed", str(error.strerror)))
+            self._dial_later(dial, now + RETRY)
+
+    def _dial_later(self, dial: _Dial, when: float) -> None:
+        self._close_dial(dial)
+        dial.retry_at = when
 
     def _close_dial(self, dial: _Dial, linger: float = 0.0) -> None:
-        for dealer in (dial.control, dial.bulk):
-            if dealer is not None:
-                dealer.disable_monitor()
-                self._poller.unregister(dealer)
-                del self._dealers[dealer]
-                dealer.close(round(linger * 1000))
-        for monitor in [m for m, (owner, _) in self._monitors.items() if owner is dial]:
+        for monitor in [m for m, (_, owner, _) in self._monitors.items() if owner is dial]:
             self._poller.unregister(monitor)
-            del self._monitors[monitor]
+            self._monitors.pop(monitor)[0].disable_monitor()
             monitor.close(0)
-        self._unread = [event for event in self._unread if event[0] is not dial]
+        for dealer in [d for d, (owner, _) in self._dealers.items() if owner is dial]:
+            if dealer in self._poller:
+                self._poller.unregister(dealer)
+            del self._dealers[dealer]
+            self._failures.pop(dealer, None)
+            for connection in [c for c in self._connections.values() if c.inbox is dealer]:
+                self._lost(connection)
+            dealer.close(round(linger * 1000))
         dial.control = dial.bulk = None
+        dial.connected = False
 
     # -- The gate ----------------------------------------------------------------------------------------------------
+
+    def _is_barred(self, who: str, now: float) -> bool:
+        return now < self._barred.get(who, 0.0)
 
     def _answer_zap(self, now: float) -> None:
         """Say of each key that knocks whether it is in the roster (ZAP, RFC 27)."""
@@ -425,29 +497,33 @@ class Link:
                 return
             version, request_id, _domain, address, _identity, mechanism, *credentials = request
             key = credentials[0] if mechanism == b"CURVE" and len(credentials) == 1 else b""
-            member = self._roster.by_link_key(key)
-            peer = self._peers.get(member.name) if member else None
-            where = printable(address.decode("ascii", "replace"))
-            if member is not None and member.name == self.identity.name:
-                self._events.append(Rejected(where, "oneself", "this node was dialled by itself: remove that peer"))
-                member = None
-            elif member is None:
-                shown = fingerprint_of(key) if key else "none"
-                why = f"its link key ({shown}) is of no card in the roster; to let it in, add its card"
-                self._events.append(Rejected(where, "gate_refused", why))
-            elif peer is not None and now < peer.barred_until:
-                self._events.append(Rejected(member.name, "quarantined", "it knocked while it was kept out"))
-                member = None
-            if member is not None:
-                answer = [b"200", b"OK", member.name.encode(), b""]
+            rejected = self._gate(key, printable(address.decode("ascii", "replace")), now)
+            if rejected is None:
+                answer = [b"200", b"OK", key.hex().encode(), b""]  # the User-Id of each of its frames
             else:
-                answer = [b"400", b"not in the roster", b"", b""]
+                self._events.append(rejected)
+                answer = [b"400", b"not let in", b"", b""]
             self._zap.send_multipart([version, request_id, *answer])
 
-    # -- What libzmq tells of connections ----------------------------------------------------------------------------
+    def _gate(self, key: bytes, address: str, now: float) -> Rejected | None:
+        """Why the owner of this link key is not let in; None if it is."""
+        member = self._roster.by_link_key(key)
+        if member is None:
+            shown = fingerprint_of(key) if key else "none"
+            why = f"its link key ({shown}) is of no card in the roster; to let it in, add its card"
+            return Rejected(address, "gate_refused", why)
+        if member.name == self.identity.name:
+            return Rejected(address, "oneself", "this node was dialled by itself: remove that peer")
+        if self._is_barred(member.name, now) or self._is_barred(address, now):
+            return Rejected(member.name, "quarantined", "it knocked while it, or its address, was kept out")
+        return None
 
-    def _read_monitor(self, monitor: zmq.Socket[bytes]) -> None:
-        dial, channel = self._monitors[monitor]
+    # -- What libzmq tells of connections ----------------------------------------------------------------------------
+    # The order of its events is that of what happened on one of our sockets; file descriptors are used again at once.
+    # So a connection is known by the object that was made when its beginning was read, never by its descriptor alone.
+
+    def _read_monitor(self, monitor: _Socket, now: float) -> None:
+        inbox, dial, channel = self._monitors[monitor]
         while True:
             try:
                 frames = monitor.recv_multipart(zmq.DONTWAIT)
@@ -456,77 +532,135 @@ class Link:
             message = parse_monitor_message(frames)
             event, value = int(message["event"]), int(message["value"])
             if event in (_Event.CONNECTED, _Event.ACCEPTED):
-                self._connections[value] = _Connection(_remote_address(value) or (dial.address if dial else "unknown"))
-            self._unread.append((dial, channel, event, value))
+                self._begin_connection(inbox, value, now)
+            connection = self._connections.get((inbox, value)) if event == _Event.DISCONNECTED else None
+            self._notices.append(_Notice(inbox, dial, channel, event, connection))
 
-    def _monitor_event(self, dial: _Dial | None, channel: Channel, event: int, value: int, now: float) -> None:
-        match event:
+    def _begin_connection(self, inbox: _Socket, descriptor: int, now: float) -> _Connection:
+        dial, channel = self._dealers.get(inbox, (None, None))
+        address = _remote_address(descriptor) or (dial.address if dial else "unknown")
+        connection = _Connection(inbox, descriptor, address, now, channel=channel)
+        self._connections[inbox, descriptor] = connection
+        return connection
+
+    def _connection_of(self, inbox: _Socket, descriptor: int, routing_id: bytes, now: float) -> _Connection:
+        """The connection that a message came on."""
+        known = self._spoken.get(routing_id) or self._connections.get((inbox, descriptor))
+        if known is not None and known.routing_id == routing_id:
+            return known
+        # Its first message: libzmq has told of its beginning before, and of the end of whoever had that descriptor.
+        self._read_monitor(self._router_monitor, now)
+        connection = self._connections.get((inbox, descriptor))
+        if connection is None or connection.routing_id:
+            connection = self._begin_connection(inbox, descriptor, now)
+        if routing_id:
+            connection.routing_id = routing_id
+            self._spoken[routing_id] = connection
+        return connection
+
+    def _take_notice(self, notice: _Notice, now: float) -> None:
+        dial, inbox = notice.dial, notice.inbox
+        match notice.event:
             case _Event.HANDSHAKE_SUCCEEDED if dial is not None:
-                self._greet(dial, channel)
+                self._greet(dial, notice.channel, now)
             case _Event.HANDSHAKE_FAILED | _Event.HANDSHAKE_PROTOCOL:
-                self._failure = "its handshake failed: it speaks no CURVE, or looks for another key here"
-                if dial is not None and channel == "control" and not dial.settled:
+                self._failures[inbox] = "its handshake failed: it speaks no CURVE, or looks for another key here"
+                if dial is not None:
                     self._next_candidate(dial, now)
             case _Event.HANDSHAKE_AUTH:
-                self._failure = "auth"
-                if dial is not None and channel == "control" and not dial.refused:
-                    dial.refused = True
-                    why = f"{dial.member.name} does not let us in: its roster lacks our card, or it keeps us out"
-                    self._events.append(Rejected(dial.address, "refused_by_peer", why))
-            case _Event.DISCONNECTED:
-                self._disconnected(dial, channel, value)
+                self._failures[inbox] = "auth"  # the gate has told of it
+                if dial is not None:
+                    self._not_let_in(dial, now)
+            case _Event.DISCONNECTED if notice.connection is not None:
+                self._disconnected(notice.connection)
 
-    def _disconnected(self, dial: _Dial | None, channel: Channel, descriptor: int) -> None:
-        connection = self._connections.pop(descriptor, None)
-        failure, self._failure = self._failure, ""
-        if dial is not None:
-            peer = self._peers.get(dial.member.name)
-            if peer is not None:
-                self._forget_channel(peer, peer.dialled, channel)
-            return
-        routing_id = self._routing_ids.pop(descriptor, b"")
-        name, channel = self._channels.pop(routing_id, ("", channel))
-        peer = self._peers.get(name)
-        if peer is not None:
-            route = getattr(peer.accepted, channel)
-            if route is not None and route.prefix == (routing_id,):
-                self._forget_channel(peer, peer.accepted, channel)
-        elif connection is not None and connection.peer is None and failure != "auth":
+    def _disconnected(self, connection: _Connection) -> None:
+        self._lost(connection)
+        failure = self._failures.pop(connection.inbox, "")
+        if connection.inbox in self._dealers:
+            dial, channel = self._dealers[connection.inbox]
+            dial.connected = dial.connected and channel != "control"
+        elif connection.peer is None and not connection.shut and failure != "auth":
             why = failure or "it hung up before it had said who it is"
-            self._events.append(Rejected(connection.address, "gate_refused", why))
+            self._events.append(Rejected(_host(connection.address), "gate_refused", why))
+
+    def _lost(self, connection: _Connection) -> None:
+        """This connection is no more."""
+        if self._connections.get((connection.inbox, connection.descriptor)) is connection:
+            del self._connections[connection.inbox, connection.descriptor]
+        if self._spoken.get(connection.routing_id) is connection:
+            del self._spoken[connection.routing_id]
+        peer = self._peers.get(connection.peer or "")
+        if peer is not None and connection.channel is not None:
+            path, route = self._way(peer, connection)
+            if getattr(path, connection.channel) == route:
+                self._forget_channel(peer, path, connection.channel)
+
+    def _way(self, peer: _Peer, connection: _Connection) -> tuple[_Path, _Route]:
+        """Which of the peer's two paths the connection can be part of, and how one sends on it."""
+        if connection.inbox is self._router:
+            return peer.accepted, _Route(connection.inbox, (connection.routing_id,))
+        return peer.dialled, _Route(connection.inbox, ())
 
     def _next_candidate(self, dial: _Dial, now: float) -> None:
-        if len(dial.candidates) == 1:
-            return  # libzmq dials again by itself
-        self._close_dial(dial)
-        dial.which = (dial.which + 1) % len(dial.candidates)
-        dial.retry_at = now if dial.which else now + RETRY
+        if not dial.settled:
+            dial.which = (dial.which + 1) % len(dial.candidates)
+        again = dial.settled or dial.which == 0
+        self._dial_later(dial, now + RETRY if again else now)
 
-    def _guard(self) -> None:
-        """Hang up on connections on which a message without end piles up: no queue limit of libzmq counts those."""
-        for descriptor, connection in list(self._connections.items()):
-            received = _bytes_received(descriptor, connection.address)
-            if received is None:
+    def _not_let_in(self, dial: _Dial, now: float) -> None:
+        if not dial.refused:
+            dial.refused = True
+            why = f"{dial.member.name} does not let us in: its roster lacks our card, or it keeps us out"
+            self._events.append(Rejected(dial.address, "refused_by_peer", why))
+        self._dial_later(dial, now + RETRY)
+
+    def _guard(self, now: float) -> None:
+        """Hang up on whoever sends a message without end (no queue limit of libzmq counts it), or stays silent."""
+        passed, self._looked_at = now - self._looked_at, now
+        held: dict[str, list[tuple[_Connection, int]]] = {}
+        for connection in [c for c in self._connections.values() if not c.shut]:
+            who = connection.peer or _host(connection.address)
+            if connection.inbox is self._router and connection.peer is None and now > connection.since + MAX_SILENCE:
+                self._shut(connection)
+                self._events.append(Rejected(who, "gate_refused", "it did not say who it is"))
                 continue
-            held_back = received - connection.delivered
-            if held_back < 0:
-                connection.delivered = received  # the overhead was estimated too high; do not let that add up
-            elif held_back > MAX_UNDELIVERED:
-                _shut_down(descriptor, connection.address)
-                why = f"{held_back >> 20} MiB came on one connection without a whole message"
-                self._events.append(Rejected(connection.peer or connection.address, "flood", why))
+            received = _bytes_received(connection.descriptor, connection.address)
+            if received is not None:
+                # The overhead is rather estimated too high; what was not used of that must not add up.
+                delivered = min(connection.delivered + round(passed * PING_BYTES), received)
+                connection.delivered = delivered
+                held.setdefault(who, []).append((connection, received - delivered))
+        if passed > OWN_PAUSE:
+            return  # it was us who did not read
+        for who, connections in held.items():
+            total = sum(size for _, size in connections)
+            if total > MAX_UNDELIVERED:
+                for connection, _ in connections:
+                    self._shut(connection)
+                self._events.append(Rejected(who, "flood", f"{total >> 20} MiB came without a whole message"))
 
-    def _hang_up(self, name: str) -> None:
-        for descriptor, connection in self._connections.items():
-            if connection.peer == name:
-                _shut_down(descriptor, connection.address)
+    def _hang_up(self, name: str, but: _Connection | None = None) -> None:
+        for connection in self._connections.values():
+            if connection.peer == name and connection is not but:
+                self._shut(connection)
+
+    def _shut(self, connection: _Connection) -> None:
+        connection.shut = True
+        _shut_down(connection.descriptor, connection.address)
 
     # -- Handshake ---------------------------------------------------------------------------------------------------
 
-    def _greet(self, dial: _Dial, channel: Channel) -> None:
-        dealer = dial.control if channel == "control" else dial.bulk
-        if dealer is not None:
-            self._transmit(_Route(dealer, ()), *encode(self._hello(dial.member, channel, answer=False)))
+    def _greet(self, dial: _Dial, channel: Channel, now: float) -> None:
+        name, dealer = dial.member.name, dial.control if channel == "control" else dial.bulk
+        if any(d is not dial and d.connected and d.member.name == name for d in self._dials):
+            self._dial_later(dial, now + SPARE_RETRY)  # its other address serves; two would displace each other
+        elif self._is_barred(name, now):
+            self._dial_later(dial, self._barred[name])
+        elif dealer is not None:
+            dial.connected = dial.connected or channel == "control"
+            if not self._transmit(_Route(dealer, ()), *encode(self._hello(dial.member, channel, answer=False))):
+                self._dial_later(dial, now + RETRY)  # it broke again at once
 
     def _hello(self, member: Member, channel: Channel, answer: bool) -> Hello:
         peer = self._peers.get(member.name)
@@ -546,18 +680,21 @@ class Link:
         )
         return replace(hello, signature=self.identity.sign(HELLO_CONTEXT, _signed_part(hello)))
 
-    def _handle_hello(self, member: Member, hello: Hello, route: _Route, channel: Channel | None) -> None:
-        """`channel` is None on an accepted connection that has not said yet which one it is."""
+    def _handle_hello(self, member: Member, hello: Hello, connection: _Connection) -> None:
         name = member.name
-        if name == self.identity.name or hello.name != name or hello.recipient != self.identity.name:
+        peer = self._peers.get(name) or _Peer(member)
+        path, route = self._way(peer, connection)
+        if hello.name != name or hello.recipient != self.identity.name:
             raise BadMessage("bad_hello", f"the hello is of {hello.name} for {hello.recipient}")
-        if hello.answer == bool(route.prefix) or (channel is not None and hello.channel != channel):
+        if hello.answer == bool(route.prefix) or connection.channel not in (None, hello.channel):
             raise BadMessage("bad_hello", "the hello is of the other side, or for the other channel")
+        if getattr(path, hello.channel) == route:
+            raise BadMessage("bad_hello", "a second hello on one connection")
         if not member.card.verify(HELLO_CONTEXT, _signed_part(hello), hello.signature):
             raise BadMessage("bad_hello", "the hello is not signed by the identity key of the member")
-        peer = self._peers.setdefault(name, _Peer(member))
         if hello.epoch < peer.epoch:
             raise BadMessage("stale_epoch", f"epoch {hello.epoch} of a member whose epoch {peer.epoch} was seen")
+        connection.channel = hello.channel
         if (hello.experiment, hello.schema) != (self._greeting.experiment, self._greeting.schema):
             if hello.channel == "control":
                 self._transmit(route, *encode(Describe(self._greeting.facts)))
@@ -566,14 +703,25 @@ class Link:
             return
         if hello.epoch > peer.epoch:
             self._forget(peer, "it was started again")
-            self._peers[name] = peer = _Peer(member, hello.epoch, barred_until=peer.barred_until)
+            self._hang_up(name, but=connection)
+            self._peers[name] = peer = _Peer(member, hello.epoch)
+            path, _ = self._way(peer, connection)
+        if getattr(path, hello.channel) is not None:
+            self._displace(peer, path, hello.channel)
         peer.hello = hello
-        path = peer.accepted if route.prefix else peer.dialled
         setattr(path, hello.channel, route)
         if not hello.answer:
             self._transmit(route, *encode(self._hello(member, hello.channel, answer=True)))
         if path.ready and peer.path is None:
             self._link_up(peer, path)
+
+    def _displace(self, peer: _Peer, path: _Path, channel: Channel) -> None:
+        """The peer has made a new connection, so the old one is dead, even if we have not been told yet."""
+        route: _Route = getattr(path, channel)
+        old = self._spoken.get(route.prefix[0]) if route.prefix else None
+        if old is not None:
+            self._shut(old)
+        self._forget_channel(peer, path, channel)
 
     def _link_up(self, peer: _Peer, path: _Path) -> None:
         hello = peer.hello
@@ -599,82 +747,80 @@ class Link:
     def _link_down(self, peer: _Peer, why: str) -> None:
         if peer.incoming is not None:
             peer.dropped = peer.incoming.manifest.round
-        peer.path = peer.sending = peer.waiting = peer.incoming = None
+        peer.path = peer.sending = peer.waiting = peer.incoming = peer.owed = None
         self._events.append(LinkDown(peer.name, why))
 
     # -- What comes in -----------------------------------------------------------------------------------------------
 
-    def _read_inbox(self, inbox: zmq.Socket[bytes]) -> bool:
+    def _read_inbox(self, inbox: _Socket, now: float) -> bool:
         """Handle what has come on this socket; True if there may be more."""
+        before = len(self._events)
         for _ in range(BATCH):
             if inbox.closed:
                 return False  # its dial was closed by what it said
-            try:
-                frames = inbox.recv_multipart(zmq.DONTWAIT, copy=False)
-            except zmq.Again:
+            message = _receive(inbox)
+            if message is None:
                 return False
-            self._handle_frames(inbox, frames)
+            self._handle_frames(inbox, *message, now)
+            if any(isinstance(e, Received) and isinstance(e.message, Update) for e in self._events[before:]):
+                return True  # the node must take it in before it can judge the next offer
         return True
 
-    def _handle_frames(self, inbox: zmq.Socket[bytes], frames: list[zmq.Frame]) -> None:
-        size = sum(len(frame) for frame in frames)
+    def _handle_frames(self, inbox: _Socket, frames: list[zmq.Frame], count: int, size: int, now: float) -> None:
         self.bytes_received += size
-        name = str(frames[-1].get("User-Id")) if inbox is self._router else self._dealers[inbox][0].member.name
-        member = self._roster.by_name(name)
-        if member is None:
-            self._events.append(Rejected(name, "revoked", "its card is no longer in the roster"))
+        accepted = inbox is self._router
+        descriptor, routing_id = int(frames[-1].get(zmq.SRCFD)), frames[0].bytes if accepted else b""
+        connection = self._connection_of(inbox, descriptor, routing_id, now)
+        connection.delivered += size + FRAME_OVERHEAD * count
+        if connection.shut:
             return
-        descriptor = int(frames[-1].get(zmq.SRCFD))
-        connection = self._connections.setdefault(descriptor, _Connection(_remote_address(descriptor) or "unknown"))
-        connection.peer = name
-        connection.delivered += size + FRAME_OVERHEAD * len(frames)
+        key = (
+            bytes.fromhex(str(frames[-1].get("User-Id"))) if accepted else self._dealers[inbox][0].member.card.link_key
+        )
+        member = self._roster.by_link_key(key)
+        if member is None:
+            self._shut(connection)
+            self._events.append(Rejected(fingerprint_of(key), "revoked", "its link key is no longer in the roster"))
+            return
+        connection.peer = member.name
         try:
-            if inbox is self._router:
-                self._handle_accepted(member, descriptor, frames)
+            if self._is_barred(member.name, now):
+                raise BadMessage("quarantined", "it spoke while it was kept out")
+            if count != (MAX_FRAMES if accepted else MAX_FRAMES - 1):
+                raise BadMessage("bad_frames", f"{count - accepted} frames where a message has 2")
+            message = decode(frames[-2].buffer, frames[-1].buffer)
+            if isinstance(message, Hello):
+                self._handle_hello(member, message, connection)
+                if not accepted:
+                    self._dealers[inbox][0].settled = True
             else:
-                self._handle_dialled(member, inbox, frames)
+                self._handle_message(member, message, connection)
         except BadMessage as error:
-            self._reject(name, error)
+            self._reject(member.name, error)
+            if error.code in LAST_WORDS and accepted:
+                self._shut(connection)
+            elif error.code in LAST_WORDS:
+                self._dial_later(self._dealers[inbox][0], now + RETRY)
 
-    def _handle_accepted(self, member: Member, descriptor: int, frames: list[zmq.Frame]) -> None:
-        routing_id = frames[0].bytes
-        if len(frames) != 3:
-            raise BadMessage("bad_frames", f"{len(frames) - 1} frames where a message has 2")
-        message = decode(frames[1].buffer, frames[2].buffer)
-        _, channel = self._channels.get(routing_id, ("", None))
-        if isinstance(message, Hello):
-            self._handle_hello(member, message, _Route(self._router, (routing_id,)), channel)
-            self._channels[routing_id] = (member.name, message.channel)
-            self._routing_ids[descriptor] = routing_id
-        else:
-            self._handle_message(member, message, channel)
-
-    def _handle_dialled(self, member: Member, dealer: zmq.Socket[bytes], frames: list[zmq.Frame]) -> None:
-        dial, channel = self._dealers[dealer]
-        if len(frames) != 2:
-            raise BadMessage("bad_frames", f"{len(frames)} frames where a message has 2")
-        message = decode(frames[0].buffer, frames[1].buffer)
-        if isinstance(message, Hello):
-            dial.settled = True
-            self._handle_hello(member, message, _Route(dealer, ()), channel)
-        else:
-            self._handle_message(member, message, channel)
-
-    def _handle_message(self, member: Member, message: WireMessage, channel: Channel | None) -> None:
-        peer = self._peers.get(member.name)
+    def _handle_message(self, member: Member, message: WireMessage, connection: _Connection) -> None:
+        channel = connection.channel
         if isinstance(message, Describe) and channel == "control":
             why = difference(self._greeting.facts, message.facts)
             raise BadMessage("experiment_mismatch", why)
-        if channel is None or peer is None or peer.path is None:
-            raise BadMessage("no_hello", f"{type(message).__name__} before the handshake")
+        peer = self._peers.get(member.name) or _Peer(member)
+        path, route = self._way(peer, connection)
+        if channel is None or getattr(path, channel) != route:
+            raise BadMessage("no_hello", f"{type(message).__name__} before the handshake, or after a newer one")
         if (channel == "bulk") != isinstance(message, (Offer, Chunk)):
             raise BadMessage("wrong_channel", f"{type(message).__name__} on the {channel} connection")
+        if peer.path is None:
+            return  # the other connection of its pair has broken: what was under way is lost with it
         match message:
             case Heartbeat() | Goodbye():
                 self._events.append(Received(peer.name, message))
             case Grant(round, chunks):
                 if peer.sending is not None and peer.sending.sealed.round == round:
-                    peer.sending.granted = max(peer.sending.granted, chunks)
+                    peer.sending.granted = max(peer.sending.granted, min(chunks, peer.sending.next + WINDOW))
             case Refused(round, _code):
                 if peer.sending is not None and peer.sending.sealed.round == round:
                     peer.sending = None
@@ -698,16 +844,15 @@ class Link:
             if before is not None and before.manifest != offer.manifest:
                 evidence = (before.manifest, before.signature, offer.manifest, offer.signature)
                 error = BadMessage("equivocation", f"two different updates were signed for round {manifest.round}")
-                self._drop_incoming(peer, manifest.round)
+                self._drop_incoming(peer, manifest.round, error.code)
                 self._reject(peer.name, error, evidence)
                 return
-            if before is not None and manifest.round <= peer.seen:
-                raise BadMessage("duplicate", f"the update of round {manifest.round} again")
+            if manifest.round <= peer.seen:
+                code = "stale" if before is None else "duplicate"
+                raise BadMessage(code, f"the update of round {manifest.round}, after that of round {peer.seen} came")
             self._check_offer(peer.name, manifest.round)
         except BadMessage as error:
-            peer.dropped = manifest.round
-            if peer.path is not None:
-                self._transmit(peer.path.control, *encode(Refused(manifest.round, error.code)))
+            self._drop_incoming(peer, manifest.round, error.code)
             raise
         peer.manifests[manifest.round] = offer
         while len(peer.manifests) > REMEMBERED_MANIFESTS:
@@ -729,23 +874,25 @@ class Link:
                 self._grant(peer, opening)
                 return
             lease = opening.finish()
-        except BadMessage:
-            self._drop_incoming(peer, chunk.round)
+        except BadMessage as error:
+            self._drop_incoming(peer, chunk.round, error.code)
             raise
         manifest = opening.manifest
         peer.incoming = None
         peer.seen = manifest.round
+        self._owe(peer, Grant(manifest.round, opening.chunks + 1))
         self._events.append(Received(peer.name, Update(manifest.round, manifest.mass, manifest.reach, lease)))
 
     def _grant(self, peer: _Peer, opening: Opening) -> None:
         # In steps of half a window: one small message for four big ones.
-        if peer.granted < opening.chunks and peer.granted - opening.next <= WINDOW // 2 and peer.path is not None:
+        if peer.granted < opening.chunks and peer.granted - opening.next <= WINDOW // 2:
             peer.granted = min(opening.next + WINDOW, opening.chunks)
-            self._transmit(peer.path.control, *encode(Grant(opening.manifest.round, peer.granted)))
+            self._owe(peer, Grant(opening.manifest.round, peer.granted))
 
-    def _drop_incoming(self, peer: _Peer, round: int) -> None:
+    def _drop_incoming(self, peer: _Peer, round: int, code: str) -> None:
         peer.incoming = None
         peer.dropped = round
+        self._owe(peer, Refused(round, code))
 
     # -- What goes out -----------------------------------------------------------------------------------------------
 
@@ -755,32 +902,62 @@ class Link:
         self.bytes_sent += len(header) + len(body)
         return True
 
-    def _begin(self, peer: _Peer, sealed: Sealed) -> None:
-        assert peer.path is not None
-        peer.sending = _Outgoing(sealed) if self._transmit(peer.path.bulk, *encode(sealed.offer)) else None
-        self._pump(peer)
+    def _owe(self, peer: _Peer, answer: Grant | Refused) -> None:
+        peer.owed = answer  # one suffices: a peer has one update under way, and a newer answer says more
+        self._settle(peer)
+
+    def _settle(self, peer: _Peer) -> None:
+        """Hand over the answer that a peer waits for; where its queue is full, the next `poll` tries again."""
+        if peer.owed is not None and peer.path is not None and self._transmit(peer.path.control, *encode(peer.owed)):
+            peer.owed = None
 
     def _pump(self, peer: _Peer) -> None:
-        """Send as many chunks as the peer has granted."""
-        while peer.sending is not None and peer.path is not None:
-            outgoing = peer.sending
-            sealed = outgoing.sealed
+        """Send as many chunks as the peer has granted, and offer the next update once it has all of this one."""
+        while peer.path is not None:
+            if peer.sending is None:
+                sealed, peer.waiting = peer.waiting, None
+                if sealed is None or not self._transmit(peer.path.bulk, *encode(sealed.offer)):
+                    return  # dropped; the node goes by what does not come back
+                peer.sending = _Outgoing(sealed, granted=min(WINDOW, sealed.chunks))
+            outgoing, sealed = peer.sending, peer.sending.sealed
             while outgoing.next < min(outgoing.granted, sealed.chunks):
                 chunk = Chunk(sealed.round, outgoing.next, sealed.chunk(outgoing.next))
                 if not self._transmit(peer.path.bulk, *encode(chunk)):
-                    peer.sending = peer.waiting = None  # dropped; the node goes by what does not come back
+                    peer.sending = peer.waiting = None
                     return
                 outgoing.next += 1
-            if outgoing.next < sealed.chunks:
+            if outgoing.granted <= sealed.chunks:
                 return
             peer.sending = None
-            if peer.waiting is not None:
-                waiting, peer.waiting = peer.waiting, None
-                self._begin(peer, waiting)
 
 
 def _signed_part(hello: Hello) -> bytes:
     return pack({name: getattr(hello, name) for name in hello.__slots__ if name != "signature"})
+
+
+def _receive(inbox: _Socket) -> tuple[list[zmq.Frame], int, int] | None:
+    """The next message: its first frames, how many it has, its bytes. None if there is none.
+
+    No more frames are kept than a good message has: a member can send one of a million tiny ones.
+    """
+    frames: list[zmq.Frame] = []
+    count = size = 0
+    while True:
+        try:
+            frame = inbox.recv(zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            return None
+        count += 1
+        size += len(frame)
+        if count <= MAX_FRAMES:
+            frames.append(frame)
+        if not frame.more:
+            return frames, count, size
+
+
+def _host(address: str) -> str:
+    """The address without the port, which each of a stranger's connections has anew."""
+    return address.rpartition(":")[0] or address
 
 
 # -- File descriptors of libzmq --------------------------------------------------------------------------------------
@@ -800,7 +977,9 @@ def _address_of(duplicate: sockets.socket) -> str | None:
         peer = duplicate.getpeername()
     except OSError:
         return None
-    return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "ipc"
+    if isinstance(peer, tuple):
+        return f"{peer[0]}:{peer[1]}"
+    return f"ipc:{os.fstat(duplicate.fileno()).st_ino}"  # which has no address at that end; the number is its own
 
 
 def _remote_address(descriptor: int) -> str | None:

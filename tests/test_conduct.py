@@ -57,7 +57,6 @@ def test_strangers_that_invent_addresses_fill_no_memory() -> None:
     assert conduct.counts == {"gate_refused": 3 * MAX_ENTRIES}
 
 
-@pytest.mark.xfail(strict=True, reason="reported: each message of one burst doubles the quarantine, up to an overflow")
 def test_a_burst_of_mistakes_is_one_quarantine() -> None:
     conduct = Conduct()
     assert [conduct.rejected("a", "bad_signature", 0.0).quarantine for _ in range(2000)] == [600.0] + [0.0] * 1999
