@@ -754,16 +754,15 @@ class Link:
 
     def _read_inbox(self, inbox: _Socket, now: float) -> bool:
         """Handle what has come on this socket; True if there may be more."""
-        before = len(self._events)
         for _ in range(BATCH):
             if inbox.closed:
                 return False  # its dial was closed by what it said
+            if any(_is_news(event) for event in self._events):
+                return True  # the node must take it in before it can judge the next offer
             message = _receive(inbox)
             if message is None:
                 return False
             self._handle_frames(inbox, *message, now)
-            if any(isinstance(e, Received) and isinstance(e.message, Update) for e in self._events[before:]):
-                return True  # the node must take it in before it can judge the next offer
         return True
 
     def _handle_frames(self, inbox: _Socket, frames: list[zmq.Frame], count: int, size: int, now: float) -> None:
@@ -929,6 +928,11 @@ class Link:
             if outgoing.granted <= sealed.chunks:
                 return
             peer.sending = None
+
+
+def _is_news(event: Event) -> bool:
+    """Whether it changes which offers the node wants."""
+    return isinstance(event, LinkUp) or (isinstance(event, Received) and isinstance(event.message, Update))
 
 
 def _signed_part(hello: Hello) -> bytes:

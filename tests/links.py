@@ -234,10 +234,13 @@ class Attacker:
 
     def say(self, channel: str, *messages: WireMessage) -> None:
         for message in messages:
-            self.sockets[channel].send_multipart(encode(message))
+            self.frames(channel, *encode(message))
 
     def frames(self, channel: str, *frames: bytes) -> None:
-        self.sockets[channel].send_multipart(frames)
+        """One message; it is lost if the other side has hung up."""
+        until_able = self.sockets[channel].poll(1000 * int(WITHIN), zmq.POLLOUT) if not self.is_closed(channel) else 0
+        if until_able:
+            self.sockets[channel].send_multipart(frames, zmq.DONTWAIT)
 
     def join(self, **changes: object) -> None:
         """Both connections and their hellos."""
