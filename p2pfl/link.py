@@ -59,7 +59,7 @@ from p2pfl.messages import (
 )
 from p2pfl.wire import MAX_FRAME, decode, encode, pack
 
-WINDOW = 8  # chunks (8 MiB) that may be under way to one peer: enough for 1 Gbit/s at a round trip of 60 ms
+WINDOW = 4  # chunks (4 MiB) that may be under way to one peer: enough for 1 Gbit/s at a round trip of 30 ms
 HELLO_CONTEXT = b"hello"
 ZAP_DOMAIN = b"p2pfl"
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by RFC 27
@@ -74,8 +74,8 @@ BATCH = 256  # messages read from one socket before the others get their turn
 LATE_NOTICES = 1_024  # events of connections that may wait until what came on them is read
 REMEMBERED_MANIFESTS = 8  # of each peer, to prove that it signed two updates for one round
 MAX_FRAMES = 3  # of a message on the ROUTER: routing id, header, body
-GUARD_INTERVAL = 0.05  # seconds between two looks at what connections hold back: an attacker's head start
-MAX_UNDELIVERED = 10 << 20  # bytes from one peer that no whole message has come of: a window and a quarter
+GUARD_INTERVAL = 0.02  # seconds between two looks at what connections hold back: an attacker's head start
+MAX_UNDELIVERED = 5 << 20  # bytes from one peer that no whole message has come of: a window and a quarter
 OWN_PAUSE = 1.0  # seconds between two looks after which one does not blame others for what has piled up
 PING_BYTES = 64  # a second: what the pings and pongs of libzmq take on a connection, and more
 MAX_SILENCE = 10.0  # seconds that an accepted connection may take to say who it is

@@ -225,7 +225,7 @@ class Runtime:
                 self._turn(threads, lifeline)
             if self._finished:
                 self._worker.write_model(self._records.model)
-            self._drain()
+                self._drain()
             if self._failure is not None:
                 raise self._failure
             return self._finished

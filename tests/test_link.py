@@ -540,7 +540,7 @@ def test_updates_use_the_same_buffers_again() -> None:
 
 def test_who_offers_without_end_gets_one_buffer() -> None:
     """A node far behind would take any of a thousand rounds; what it has not judged yet must not pile up."""
-    size = CHUNK
+    size = CHUNK // 8
     judged: list[int] = []
 
     def newest_only(_peer: str, round: int) -> None:
