@@ -21,6 +21,7 @@ import math
 import os
 import socket as sockets
 import struct
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -83,6 +84,7 @@ FRAME_OVERHEAD = 64  # bytes; more than ZMTP and CURVE add to a frame
 RETRY = 0.5  # seconds before an address is dialled again where nobody, or nobody whom we know, let us in
 SPARE_RETRY = 30.0  # seconds before a second address of a member to whom we are connected is dialled again
 MAX_BARRED = 1_024  # addresses that are kept out
+TERM_SECONDS = 1.0  # that libzmq is given to end beyond the lingering
 TCP_BYTES_RECEIVED = 128  # offset of tcpi_bytes_received in Linux' struct tcp_info
 
 
@@ -393,7 +395,11 @@ class Link:
         self._router_monitor.close(0)
         self._router.close(round(linger * 1000))
         self._zap.close(0)
-        self._context.term()
+        # libzmq can wait for ever for a handshake that was under way (seen once in some hundred closes under attack).
+        # By then every socket of ours is closed and has had its time, so nothing is lost by not waiting with it.
+        ending = threading.Thread(target=self._context.term, daemon=True)
+        ending.start()
+        ending.join(linger + TERM_SECONDS)
 
     # -- Sockets -----------------------------------------------------------------------------------------------------
 
