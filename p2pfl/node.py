@@ -136,7 +136,8 @@ class Node:
         self._next_waiting_line = now + WAITING_LINE
         self._reach = settings.mass  # of the round in progress
         self._counted: dict[str, float] = {}  # whose mass is in the reach, and which
-        self._own_update: Update | None = None
+        # The newest two: a neighbour may still need the one before, if it was lost when we already went on.
+        self._own_updates: deque[Update] = deque(maxlen=2)
         self._trained: Trained | None = None
         self._merged: tuple[str, ...] = ()
         self._missing: tuple[str, ...] = ()
@@ -241,7 +242,7 @@ class Node:
             self.neighbours[event.peer] = Neighbour(event.peer)
             self.neighbours = dict(sorted(self.neighbours.items()))
         neighbour = self.neighbours[event.peer]
-        back = neighbour.epoch > 0
+        back, same_process = neighbour.epoch > 0, neighbour.epoch == event.epoch
         if event.epoch > neighbour.epoch:  # a new start of its process: what the old one said no longer counts
             neighbour.round, neighbour.heard, neighbour.gone_after = 0, -1, None
             neighbour.updates.clear()
@@ -249,9 +250,9 @@ class Node:
         neighbour.epoch, neighbour.mass, neighbour.last_sign = event.epoch, event.mass, self._now
         self._claim(event.peer, event.round)
         self._note("returned" if back else "joined", peer=event.peer, epoch=event.epoch)
-        own = self._own_update
-        if own is not None and event.seen < own.round:  # what was under way when the link broke is lost
-            self._send((event.peer,), own)
+        for own in list(self._own_updates)[0 if same_process else -1 :]:
+            if event.seen < own.round:  # what was under way when the link broke is lost
+                self._send((event.peer,), own)
 
     def _link_down(self, peer: str, why: str) -> None:
         neighbour = self.neighbours.get(peer)
@@ -338,11 +339,12 @@ class Node:
             self._finish(True)
             return
         self._trained = event.trained
-        self._own_update = Update(event.round, self.settings.mass, self._reach, event.update)
+        own = Update(event.round, self.settings.mass, self._reach, event.update)
+        self._own_updates.append(own)
         self.phase = Phase.COLLECTING
         self._waiting_since = self._now
         self._next_waiting_line = self._now + WAITING_LINE
-        self._send(self._listeners(), self._own_update)
+        self._send(self._listeners(), own)
         if self._leaving:
             self._finish(False)
 
@@ -354,7 +356,7 @@ class Node:
 
     def _finish(self, finished: bool) -> None:
         self.phase = Phase.DONE
-        sent = 0 if self._own_update is None else self._own_update.round + 1
+        sent = self._own_updates[-1].round + 1 if self._own_updates else 0
         self._send(self._listeners(), Goodbye(sent, "finished" if finished else "leaving"))
         self._note("finished" if finished else "left", round=sent)
         self._effects.append(Done(finished))

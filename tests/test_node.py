@@ -314,11 +314,11 @@ def test_a_silent_neighbour_dies_though_its_link_stands_and_returns_with_its_fir
     assert silent.handle(Received("b", Heartbeat(1)), 6.5) == [returned]
 
 
-@pytest.mark.parametrize(("seen", "sent_again"), [(-1, True), (0, True), (1, False), (2, False)])
-def test_after_a_broken_link_the_update_is_sent_again_if_and_only_if_it_is_lost(seen: int, sent_again: bool) -> None:
+@pytest.mark.parametrize(("seen", "lost"), [(-1, (0, 1)), (0, (1,)), (1, ()), (2, ())])
+def test_after_a_broken_link_an_update_is_sent_again_if_and_only_if_it_is_lost(seen: int, lost: tuple[int]) -> None:
     node = collecting(round=1, grace=1.0)
     node.handle(LinkDown("b"), 2.0)
-    again = [Send(("b",), mine(1))] if sent_again else []
+    again = [Send(("b",), mine(round)) for round in lost]
     assert node.handle(up("b", round=1, seen=seen), 2.875) == [said("returned", peer="b", epoch=1), *again]
     assert node.deadline == 5.0  # the patience; it is awaited as if nothing had been
 
