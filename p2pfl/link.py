@@ -82,6 +82,7 @@ PING_BYTES = 64  # a second: what the pings and pongs of libzmq take on a connec
 MAX_SILENCE = 10.0  # seconds that an accepted connection may take to say who it is
 FRAME_OVERHEAD = 64  # bytes; more than ZMTP and CURVE add to a frame
 RETRY = 0.5  # seconds before an address is dialled again where nobody, or nobody whom we know, let us in
+STEADY = 5.0  # seconds after which a connection that breaks is made again at once, and not after RETRY
 SPARE_RETRY = 30.0  # seconds before a second address of a member to whom we are connected is dialled again
 MAX_BARRED = 1_024  # addresses that are kept out
 TERM_SECONDS = 1.0  # that libzmq is given to end beyond the lingering
@@ -100,10 +101,11 @@ class _Event(IntEnum):
     DISCONNECTED = 0x0200
     HANDSHAKE_FAILED = 0x0800
     HANDSHAKE_SUCCEEDED = 0x1000
-    HANDSHAKE_PROTOCOL = 0x2000
     HANDSHAKE_AUTH = 0x4000
 
 
+# Not 0x2000, a protocol error: libzmq 4.3.5 tells of it whenever a byte was altered, and in the telling forgets that it
+# meant to hang up. Such a connection would stand still for eight seconds, until the keepalive ends it.
 _MONITORED = sum(_Event)
 
 
@@ -169,6 +171,7 @@ class _Peer:
     path: _Path | None = None  # the one in use: it stays while it lives, so that messages keep their order
     sending: _Outgoing | None = None
     waiting: Sealed | None = None  # the newest update that waits for the one being sent
+    interrupted: bool = False  # its link broke before it had all that was sent to it
     incoming: Opening | None = None
     granted: int = 0  # to it, of the update that comes in
     owed: Grant | Refused | None = None  # what it waits for, until it could be handed over
@@ -192,7 +195,7 @@ class _Dial:
     control: _Socket | None = None
     bulk: _Socket | None = None
     retry_at: float | None = None
-    connected: bool = False  # the control connection has authenticated the candidate
+    connected: set[Channel] = field(default_factory=set)  # those on which the candidate has proven its key
     settled: bool = False  # a candidate has answered
     refused: bool = False  # said once that it does not know us
 
@@ -256,7 +259,7 @@ class Link:
         self._barred: dict[str, float] = {}  # members and addresses → until when they are kept out
         self._events: list[Event] = []
         self._notices: list[_Notice] = []
-        self._failures: dict[_Socket, str] = {}  # why the connection failed whose end is told next
+        self._turned_away = 0  # connections that the gate refused, and of whose end is still to be told
         self._looked_at = self._next_guard = time.monotonic()
         self._context: zmq.Context[_Socket] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, SOCKETS)
@@ -387,6 +390,11 @@ class Link:
             peer.path is None or (peer.sending is None and peer.waiting is None) for peer in self._peers.values()
         )
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether a link broke, and is not back, before its peer had all that was sent to it."""
+        return any(peer.interrupted for peer in self._peers.values())
+
     def close(self, linger: float) -> None:
         """Close everything; what was handed over is given `linger` seconds to leave the machine."""
         for dial in self._dials:
@@ -482,12 +490,11 @@ class Link:
             if dealer in self._poller:
                 self._poller.unregister(dealer)
             del self._dealers[dealer]
-            self._failures.pop(dealer, None)
             for connection in [c for c in self._connections.values() if c.inbox is dealer]:
                 self._lost(connection)
             dealer.close(round(linger * 1000))
         dial.control = dial.bulk = None
-        dial.connected = False
+        dial.connected.clear()
 
     # -- The gate ----------------------------------------------------------------------------------------------------
 
@@ -565,30 +572,39 @@ class Link:
         return connection
 
     def _take_notice(self, notice: _Notice, now: float) -> None:
-        dial, inbox = notice.dial, notice.inbox
+        dial = notice.dial
         match notice.event:
             case _Event.HANDSHAKE_SUCCEEDED if dial is not None:
                 self._greet(dial, notice.channel, now)
-            case _Event.HANDSHAKE_FAILED | _Event.HANDSHAKE_PROTOCOL:
-                self._failures[inbox] = "its handshake failed: it speaks no CURVE, or looks for another key here"
-                if dial is not None:
-                    self._next_candidate(dial, now)
+            case _Event.HANDSHAKE_FAILED if dial is not None:
+                self._next_candidate(dial, now)
+            case _Event.HANDSHAKE_AUTH if dial is not None:
+                self._not_let_in(dial, now)
             case _Event.HANDSHAKE_AUTH:
-                self._failures[inbox] = "auth"  # the gate has told of it
-                if dial is not None:
-                    self._not_let_in(dial, now)
+                self._turned_away += 1
             case _Event.DISCONNECTED if notice.connection is not None:
-                self._disconnected(notice.connection)
+                self._disconnected(notice, notice.connection, now)
 
-    def _disconnected(self, connection: _Connection) -> None:
+    def _disconnected(self, notice: _Notice, connection: _Connection, now: float) -> None:
+        dial, channel = notice.dial, notice.channel
         self._lost(connection)
-        failure = self._failures.pop(connection.inbox, "")
-        if connection.inbox in self._dealers:
-            dial, channel = self._dealers[connection.inbox]
-            dial.connected = dial.connected and channel != "control"
-        elif connection.peer is None and not connection.shut and failure != "auth":
-            why = failure or "it hung up before it had said who it is"
-            self._events.append(Rejected(_host(connection.address), "gate_refused", why))
+        if dial is None:
+            if connection.peer is None and not connection.shut:
+                self._nobody(connection)
+        elif channel in dial.connected:
+            # Not left to libzmq, which gives an address up for good where a byte was altered.
+            steady = now > connection.since + STEADY
+            self._dial_later(dial, now + (RECONNECT_MS / 1000 if steady else RETRY))
+        else:
+            self._next_candidate(dial, now)
+
+    def _nobody(self, connection: _Connection) -> None:
+        """A stranger came and went; of those whom the gate turned away it has told already."""
+        if self._turned_away:
+            self._turned_away -= 1
+            return
+        why = "it went without saying who it is: it speaks no CURVE, looks for another key, or only looked"
+        self._events.append(Rejected(_host(connection.address), "gate_refused", why))
 
     def _lost(self, connection: _Connection) -> None:
         """This connection is no more."""
@@ -659,12 +675,12 @@ class Link:
 
     def _greet(self, dial: _Dial, channel: Channel, now: float) -> None:
         name, dealer = dial.member.name, dial.control if channel == "control" else dial.bulk
-        if any(d is not dial and d.connected and d.member.name == name for d in self._dials):
+        if any(d is not dial and "control" in d.connected and d.member.name == name for d in self._dials):
             self._dial_later(dial, now + SPARE_RETRY)  # its other address serves; two would displace each other
         elif self._is_barred(name, now):
             self._dial_later(dial, self._barred[name])
         elif dealer is not None:
-            dial.connected = dial.connected or channel == "control"
+            dial.connected.add(channel)
             if not self._transmit(_Route(dealer, ()), *encode(self._hello(dial.member, channel, answer=False))):
                 self._dial_later(dial, now + RETRY)  # it broke again at once
 
@@ -732,7 +748,7 @@ class Link:
     def _link_up(self, peer: _Peer, path: _Path) -> None:
         hello = peer.hello
         assert hello is not None
-        peer.path = path
+        peer.path, peer.interrupted = path, False
         seen = hello.seen if hello.seen_epoch == self.epoch else -1
         self._events.append(LinkUp(peer.name, hello.epoch, hello.round, hello.mass, seen))
 
@@ -753,6 +769,7 @@ class Link:
     def _link_down(self, peer: _Peer, why: str) -> None:
         if peer.incoming is not None:
             peer.dropped = peer.incoming.manifest.round
+        peer.interrupted = peer.sending is not None or peer.waiting is not None
         peer.path = peer.sending = peer.waiting = peer.incoming = peer.owed = None
         self._events.append(LinkDown(peer.name, why))
 

@@ -143,6 +143,7 @@ class Node:
         self._missing: tuple[str, ...] = ()
         self._waited = 0.0
         self._leaving = False
+        self._goodbye_message = Goodbye(0, "leaving")
 
     # -- What the driver asks ----------------------------------------------------------------------------------------
 
@@ -185,6 +186,9 @@ class Node:
             self._now = now
             self._take_in(event)
             self._let_time_pass()
+        elif isinstance(event, LinkUp) and event.peer in self.neighbours:  # it still needs what we sent last
+            self._send_again(event, 2)
+            self._send((event.peer,), self._goodbye_message)
         effects, self._effects = self._effects, []
         return effects
 
@@ -250,8 +254,12 @@ class Node:
         neighbour.epoch, neighbour.mass, neighbour.last_sign = event.epoch, event.mass, self._now
         self._claim(event.peer, event.round)
         self._note("returned" if back else "joined", peer=event.peer, epoch=event.epoch)
-        for own in list(self._own_updates)[0 if same_process else -1 :]:
-            if event.seen < own.round:  # what was under way when the link broke is lost
+        self._send_again(event, 2 if same_process else 1)
+
+    def _send_again(self, event: LinkUp, newest: int) -> None:
+        """What was under way when the link broke is lost: send so many of the newest updates as the peer lacks."""
+        for own in list(self._own_updates)[-newest:]:
+            if event.seen < own.round:
                 self._send((event.peer,), own)
 
     def _link_down(self, peer: str, why: str) -> None:
@@ -357,7 +365,8 @@ class Node:
     def _finish(self, finished: bool) -> None:
         self.phase = Phase.DONE
         sent = self._own_updates[-1].round + 1 if self._own_updates else 0
-        self._send(self._listeners(), Goodbye(sent, "finished" if finished else "leaving"))
+        self._goodbye_message = Goodbye(sent, "finished" if finished else "leaving")
+        self._send(self._listeners(), self._goodbye_message)
         self._note("finished" if finished else "left", round=sent)
         self._effects.append(Done(finished))
 
@@ -416,8 +425,8 @@ class Node:
         """Whether an update is missing that may still come."""
         if not neighbour.alive or neighbour.heard >= self._needed:
             return False
-        if neighbour.gone_after is not None:  # its last update may be under way, as long as the link holds
-            return neighbour.linked and neighbour.gone_after > self._needed
+        if neighbour.gone_after is not None:  # its last update may be under way, or come again within the grace
+            return neighbour.gone_after > self._needed
         return neighbour.round <= self._horizon()  # or else what it sends next is too new for us
 
     def _patience(self, neighbours: Sequence[Neighbour]) -> float:

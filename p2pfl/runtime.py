@@ -225,7 +225,7 @@ class Runtime:
                 self._turn(threads, lifeline)
             if self._finished:
                 self._worker.write_model(self._records.model)
-                self._drain()
+                self._drain(threads)
             if self._failure is not None:
                 raise self._failure
             return self._finished
@@ -292,10 +292,15 @@ class Runtime:
             case Done(finished):
                 self._finished = finished
 
-    def _drain(self) -> None:
-        until = time.monotonic() + DRAIN
-        while not self.link.idle and time.monotonic() < until:
-            self.link.poll(until - time.monotonic())
+    def _drain(self, threads: ThreadPoolExecutor) -> None:
+        """Stay until the neighbours have the last update; one whose link broke over it has its grace to come back."""
+        now = time.monotonic()
+        until, graced = now + DRAIN, now + min(DRAIN, self.node.settings.grace)
+        while (not self.link.idle and now < until) or (self.link.interrupted and now < graced):
+            events, _ = self.link.poll(min(self.link.deadline, until if not self.link.idle else graced) - now)
+            for event in events:
+                self._handle(event, threads)
+            now = time.monotonic()
 
     # -- What may be averaged ----------------------------------------------------------------------------------------
 

@@ -509,7 +509,7 @@ def test_each_table_is_emptied_again() -> None:
                 bob.close(channel)
             until(lambda: not alice.is_up("bob"), alice)
         until(lambda: not alice.link._connections, alice)
-        assert not alice.link._spoken and not alice.link._notices and not alice.link._failures
+        assert not alice.link._spoken and not alice.link._notices and not alice.link._turned_away
         assert len(alice.link._peers) == 1
 
 

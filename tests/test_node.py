@@ -637,11 +637,13 @@ def test_the_last_update_of_a_leaver_is_still_awaited_while_its_link_holds() -> 
     assert "died" not in words([e for _, e in ticks(node, 100.0)])
 
 
-def test_a_leaver_whose_link_breaks_before_its_last_update_came_costs_nothing() -> None:
+def test_a_leaver_whose_link_breaks_before_its_last_update_came_costs_one_grace() -> None:
     node = collecting(round=1)
     node.handle(got("a", 1), 0.0)
     node.handle(Received("b", Goodbye(2, "leaving")), 0.5)
-    assert node.handle(LinkDown("b"), 1.0) == [compute(2, folded("a", round=1))]
+    assert node.handle(LinkDown("b"), 1.0) == []
+    assert node.deadline == 2.0
+    assert node.handle(Tick(), 2.0) == [compute(2, folded("a", round=1))]
 
 
 @pytest.mark.parametrize("after", [0, 1])

@@ -131,7 +131,7 @@ def test_what_the_wire_does_changes_no_model(
 
 
 @pytest.mark.parametrize("direction", ["there", "back"])
-@pytest.mark.parametrize("offset", [3_000, 9_000])  # in the middle of an update, of a later update
+@pytest.mark.parametrize("offset", [3_000, 9_000])  # in an early update, in a later one
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_the_wire_does_to_an_update_changes_no_model_and_is_told(
     undisturbed: tuple[Path, bytes, list[bytes]], tmp_path: Path, fault: str, offset: int, direction: str
@@ -139,6 +139,13 @@ def test_what_the_wire_does_to_an_update_changes_no_model_and_is_told(
     disturb(undisturbed[0], tmp_path, FAULTS[fault], [(0, offset), (1, offset)], direction)
     told = [event["event"] for name in NAMES for event in NodeRecords(tmp_path / name).read_events()]
     assert {"suspected", "returned"} <= set(told) and "died" not in told
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_the_wire_does_to_the_last_update_changes_no_model(
+    undisturbed: tuple[Path, bytes, list[bytes]], tmp_path: Path, fault: str
+) -> None:
+    disturb(undisturbed[0], tmp_path, FAULTS[fault], [(0, 26_000), (1, 26_000)], "there")
 
 
 def disturb(
