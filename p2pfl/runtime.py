@@ -269,8 +269,6 @@ class Runtime:
 
     def _perform(self, effect: Effect, threads: ThreadPoolExecutor) -> None:
         match effect:
-            case Send(peers, Update(vector=sealed) as update):
-                self.link.send(peers, Update(update.round, update.mass, update.reach, sealed))
             case Send(peers, message):
                 self.link.send(peers, message)
             case Save():
