@@ -84,6 +84,7 @@ FRAME_OVERHEAD = 64  # bytes; more than ZMTP and CURVE add to a frame
 RETRY = 0.5  # seconds before an address is dialled again where nobody, or nobody whom we know, let us in
 STEADY = 5.0  # seconds after which a connection that breaks is made again at once, and not after RETRY
 SPARE_RETRY = 30.0  # seconds before a second address of a member to whom we are connected is dialled again
+MOMENT = 10.0  # seconds that a broken link is counted as one that may come back
 MAX_BARRED = 1_024  # addresses that are kept out
 TERM_SECONDS = 1.0  # that libzmq is given to end beyond the lingering
 TCP_BYTES_RECEIVED = 128  # offset of tcpi_bytes_received in Linux' struct tcp_info
@@ -171,10 +172,12 @@ class _Peer:
     path: _Path | None = None  # the one in use: it stays while it lives, so that messages keep their order
     sending: _Outgoing | None = None
     waiting: Sealed | None = None  # the newest update that waits for the one being sent
-    interrupted: bool = False  # its link broke before it had all that was sent to it
+    left: bool = False  # it said goodbye
+    interrupted_at: float = -math.inf  # when its link broke, while it may still have wanted something from us
     incoming: Opening | None = None
     granted: int = 0  # to it, of the update that comes in
     owed: Grant | Refused | None = None  # what it waits for, until it could be handed over
+    early: Heartbeat | Goodbye | None = None  # the newest that came before both connections were there
     dropped: int = -1  # round of the update that was refused last: chunks of it may still be under way
     seen: int = -1  # newest round whose update came whole
     manifests: OrderedDict[int, Offer] = field(default_factory=OrderedDict)
@@ -196,6 +199,7 @@ class _Dial:
     bulk: _Socket | None = None
     retry_at: float | None = None
     connected: set[Channel] = field(default_factory=set)  # those on which the candidate has proven its key
+    answered: bool = False  # on the control connection, since it was made
     settled: bool = False  # a candidate has answered
     refused: bool = False  # said once that it does not know us
 
@@ -392,8 +396,9 @@ class Link:
 
     @property
     def interrupted(self) -> bool:
-        """Whether a link broke, and is not back, before its peer had all that was sent to it."""
-        return any(peer.interrupted for peer in self._peers.values())
+        """Whether a link broke a moment ago whose peer may come back for what it lacks, be it not even made yet."""
+        moment = time.monotonic() - MOMENT
+        return any(peer.path is None and peer.interrupted_at > moment for peer in self._peers.values())
 
     def close(self, linger: float) -> None:
         """Close everything; what was handed over is given `linger` seconds to leave the machine."""
@@ -495,6 +500,7 @@ class Link:
             dealer.close(round(linger * 1000))
         dial.control = dial.bulk = None
         dial.connected.clear()
+        dial.answered = False
 
     # -- The gate ----------------------------------------------------------------------------------------------------
 
@@ -681,8 +687,24 @@ class Link:
             self._dial_later(dial, self._barred[name])
         elif dealer is not None:
             dial.connected.add(channel)
-            if not self._transmit(_Route(dealer, ()), *encode(self._hello(dial.member, channel, answer=False))):
-                self._dial_later(dial, now + RETRY)  # it broke again at once
+            if channel == "control" or dial.answered:
+                self._say_hello(dial, dealer, channel, now)
+
+    def _say_hello(self, dial: _Dial, dealer: _Socket, channel: Channel, now: float) -> None:
+        if not self._transmit(_Route(dealer, ()), *encode(self._hello(dial.member, channel, answer=False))):
+            self._dial_later(dial, now + RETRY)  # it broke again at once
+
+    def _answered(self, dial: _Dial, channel: Channel, now: float) -> None:
+        """Bulk says hello once control is answered.
+
+        The listening side sends as soon as it has heard both. What it sends on one connection may overtake its answer
+        on the other, and would come from somebody whom we do not know yet.
+        """
+        dial.settled = True
+        if channel == "control":
+            dial.answered = True
+            if dial.bulk is not None and "bulk" in dial.connected:
+                self._say_hello(dial, dial.bulk, "bulk", now)
 
     def _hello(self, member: Member, channel: Channel, answer: bool) -> Hello:
         peer = self._peers.get(member.name)
@@ -748,9 +770,12 @@ class Link:
     def _link_up(self, peer: _Peer, path: _Path) -> None:
         hello = peer.hello
         assert hello is not None
-        peer.path, peer.interrupted = path, False
+        peer.path = path
         seen = hello.seen if hello.seen_epoch == self.epoch else -1
         self._events.append(LinkUp(peer.name, hello.epoch, hello.round, hello.mass, seen))
+        if peer.early is not None:
+            self._events.append(Received(peer.name, peer.early))
+            peer.early = None
 
     def _forget_channel(self, peer: _Peer, path: _Path, channel: Channel) -> None:
         """One of the two connections of this path is gone; the other side of it says hello again when it is back."""
@@ -769,7 +794,8 @@ class Link:
     def _link_down(self, peer: _Peer, why: str) -> None:
         if peer.incoming is not None:
             peer.dropped = peer.incoming.manifest.round
-        peer.interrupted = peer.sending is not None or peer.waiting is not None
+        if peer.sending is not None or peer.waiting is not None or not peer.left:
+            peer.interrupted_at = time.monotonic()
         peer.path = peer.sending = peer.waiting = peer.incoming = peer.owed = None
         self._events.append(LinkDown(peer.name, why))
 
@@ -814,7 +840,7 @@ class Link:
             if isinstance(message, Hello):
                 self._handle_hello(member, message, connection)
                 if not accepted:
-                    self._dealers[inbox][0].settled = True
+                    self._answered(self._dealers[inbox][0], message.channel, now)
             else:
                 self._handle_message(member, message, connection)
         except BadMessage as error:
@@ -835,8 +861,11 @@ class Link:
             raise BadMessage("no_hello", f"{type(message).__name__} before the handshake, or after a newer one")
         if (channel == "bulk") != isinstance(message, (Offer, Chunk)):
             raise BadMessage("wrong_channel", f"{type(message).__name__} on the {channel} connection")
-        if peer.path is None:
-            return  # the other connection of its pair has broken: what was under way is lost with it
+        peer.left = peer.left or isinstance(message, Goodbye)
+        if peer.path is None:  # the other connection of the pair is not there yet, or no longer
+            if isinstance(message, (Heartbeat, Goodbye)):
+                peer.early = message
+            return  # what was under way on a pair that broke is lost with it
         match message:
             case Heartbeat() | Goodbye():
                 self._events.append(Received(peer.name, message))

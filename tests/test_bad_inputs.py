@@ -314,6 +314,12 @@ def silent_words(_: Victim, mallory: Mallory) -> None:
     mallory.poll(lambda: mallory.is_closed("third"))
 
 
+def other_experiment(_: Victim, mallory: Mallory) -> None:
+    mallory.open("third")
+    mallory.say("third", mallory.good("control", experiment=b"x" * 32), Heartbeat(40))
+    mallory.poll(lambda: mallory.is_closed("third"))
+
+
 def updates(**changes: object) -> Callable[[Victim, Mallory], None]:
     return lambda _, mallory: mallory.send(mallory.seal(**changes))
 
@@ -402,6 +408,7 @@ ROWS = [
     Row(10, "words without a hello", silent_words, "no_hello"),
     Row(10, "a hello twice", lambda _, m: m.say("control", m.good("control")), "bad_hello", closed=True),
     Row(10, "a hello for the other channel", lambda _, m: m.say("bulk", m.good("control")), "bad_hello", closed=True),
+    Row(13, "words after a hello of another experiment", other_experiment, "no_hello"),
     Row(14, "deep nesting", packed(DEEP[:MAX_HEADER]), "bad_header"),
     Row(14, "a header of a megabyte", packed(b"\x80" * 1_000_000), "too_large"),
     Row(14, "a map that claims 2^32 entries", packed(b"\xdf\xff\xff\xff\xff" + b"\xa0\xc0" * 99), "bad_header"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from links import (
     LOOPBACK,
+    SLICE,
     WITHIN,
     Attacker,
     Party,
@@ -23,7 +24,7 @@ from links import (
     settle,
     until,
 )
-from relay import Relay, flip, truncate
+from relay import Direction, Piece, Relay, Tamperer, flip, truncate
 
 from p2pfl import link as link_module
 from p2pfl.identity import Identity
@@ -343,30 +344,61 @@ def test_a_silent_cable_is_noticed_by_both(relayed: tuple[Party, Party, Relay]) 
     until(lambda: alice.is_up("bob") and bob.is_up("alice"), alice, bob)
 
 
+@pytest.mark.parametrize("direction", ["there", "back"])
 @pytest.mark.parametrize("offset", [70, 300, 900, 2 * CHUNK], ids=["greeting", "handshake", "hello", "chunk"])
 @pytest.mark.parametrize("fault", [flip, truncate])
-def test_a_flipped_or_missing_byte_costs_a_connection_and_nothing_else(offset: int, fault: object) -> None:
+def test_a_flipped_or_missing_byte_costs_a_connection_and_nothing_else(
+    offset: int, direction: Direction, fault: Callable[[int, Direction, int], Tamperer]
+) -> None:
     with parties(TWO, size=MEGABYTES) as p, Relay(p["bob"].link.address) as relay:
         alice, bob = p["alice"], p["bob"]
-        faults = [fault(number, way, offset) for number in (0, 1) for way in ("there", "back")]
-
-        def all_of_them(piece: object) -> bytes:
-            outs = [tamper(piece) for tamper in faults]
-            return next((out for out in outs if out != piece.data), piece.data)
-
-        relay.tamper = all_of_them
+        faults = [fault(number, direction, offset) for number in (0, 1)]  # the control and the bulk connection
+        relay.tamper = lambda piece: faults[piece.connection](piece) if piece.connection < 2 else piece.data
         alice.link.dial(relay.address, ("bob",))
-        vector = secrets.token_bytes(MEGABYTES)
-        update = alice.seal(vector, 0)
+        vectors = {name: secrets.token_bytes(MEGABYTES) for name in p}
+        sealed = {name: party.seal(vectors[name], 0) for name, party in p.items()}
 
         def arrived() -> bool:
-            if alice.is_up("bob") and alice.link.idle and not bob.updates():
-                alice.link.send(["bob"], update)
-            return bool(bob.updates())
+            for me, other in ((alice, bob), (bob, alice)):
+                if me.is_up(other.name) and me.link.idle and not other.updates():
+                    me.link.send([other.name], sealed[me.name])
+            return bool(alice.updates() and bob.updates())
 
+        begin = time.monotonic()
         until(arrived, alice, bob)
-        assert bob.updates() == [(0, vector)]
+        assert time.monotonic() - begin < link_module.KEEPALIVE_TIMEOUT_MS / 1000, "it stood still until the keepalive"
+        assert bob.updates() == [(0, vectors["alice"])] and alice.updates() == [(0, vectors["bob"])]
         assert len(relay.pairs) > 2, "a connection was made again"
+
+
+@pytest.mark.parametrize("connection", [0, 1])
+def test_what_the_listening_side_sends_at_once_is_not_lost(connection: int) -> None:
+    """One of the two connections is slower than the other: an update must not come before its peer is known."""
+    with parties(TWO, size=64) as p, Relay(p["bob"].link.address) as relay:
+        alice, bob = p["alice"], p["bob"]
+        held = bytearray()
+        relay.tamper = lambda piece: hold(piece, held) if piece.connection == connection else piece.data
+        alice.link.dial(relay.address, ("bob",))
+        update = bob.seal(b"x" * 64, 0)
+        until(lambda: bob.is_up("alice"), alice, bob)
+        before = len(relay.recorded())
+        bob.link.send(["alice"], Goodbye(1, "finished"))
+        until(lambda: len(relay.recorded()) > before, bob)
+        for _ in range(10):
+            alice.listen(SLICE)
+        bob.link.send(["alice"], update)
+        until(lambda: alice.updates() and Goodbye(1, "finished") in heard(alice), alice, bob)
+        assert alice.codes() == []
+
+
+def hold(piece: Piece, held: bytearray) -> bytes:
+    """Of what comes back after the handshake, each piece is held until the next one comes."""
+    if piece.direction == "there" or piece.offset < 300:
+        return piece.data
+    held.extend(piece.data)
+    out = bytes(held[: -len(piece.data)])
+    del held[: -len(piece.data)]
+    return out
 
 
 # -- Who is who ------------------------------------------------------------------------------------------------------
