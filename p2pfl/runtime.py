@@ -32,6 +32,7 @@ from p2pfl.identity import Identity, Roster
 from p2pfl.learner import Learner, make_learner
 from p2pfl.link import Greeting, Link
 from p2pfl.messages import (
+    BadInput,
     BadMessage,
     Compute,
     Computed,
@@ -261,7 +262,10 @@ class Runtime:
             self._handle(Leave(), threads)
         if self._roster_changed and self._new_roster is not None:
             self._roster_changed = False
-            self.link.replace_roster(self._new_roster())
+            try:
+                self.link.replace_roster(self._new_roster())
+            except BadInput as error:  # a slip in an editor must not end the training: the old roster holds
+                self.record(Happened("roster_refused", {"why": str(error)}))
 
     def _handle(self, event: Event, threads: ThreadPoolExecutor) -> None:
         for effect in self.node.handle(event, time.monotonic()):

@@ -190,6 +190,20 @@ def test_ctrl_c_leaves_gracefully_and_resume_goes_on(clinics: Path, tmp_path: Pa
     assert models[0] == models[1]  # bit-equal to the uninterrupted run
 
 
+def test_a_roster_with_a_slip_is_told_and_the_old_one_holds(clinics: Path, tmp_path: Path) -> None:
+    roster = tmp_path / "roster.txt"
+    roster.write_text((clinics / "aurora" / "roster.txt").read_text())
+    words = ["node", "--peers", "bethel", "--roster", roster, "--run-dir", tmp_path / "run", "--rounds", "2"]
+    with started(*words, "--set", "network.join_timeout=15", cwd=clinics / "aurora") as process:
+        wait_for_line(process, "dials out only")
+        wait_for_line(process, "waits for bethel")  # it lives, and listens to signals
+        roster.write_text("p2pfl1 bethel broken\n")
+        process.send_signal(signal.SIGHUP)
+        assert "roster.txt line 1" in wait_for_line(process, "roster_refused")
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("words", "mend"),
     [
