@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from p2pfl.config import PEERS, Experiment, Toml, did_you_mean, find_experiment, load, to_toml
+from p2pfl.config import BY_ROWS, GRAPHS, Experiment, Toml, did_you_mean, find_experiment, load, to_toml
 from p2pfl.messages import BadInput, TrainingFailed, printable
 from p2pfl.records import Json, Line, Run, create_run, default_run_dir, number, open_run, write_json, write_text
 
@@ -256,11 +256,11 @@ def _neighbourhood(experiment: Experiment, me: str, peers: str, members: Roster)
         found = [address] if address is not None else list(member.addresses[:1]) if member is not None else []
         dials += [Dial(endpoint, name) for endpoint in found]
     section = experiment.topology
-    if section.graph == PEERS and not section.edges and section.file is None:
+    if not section.is_drawn:
         return sorted(names), dials, True
     if me not in section.names:
         raise BadInput(f"topology.nodes does not name {me}; it names {', '.join(section.names[:8])}")
-    neighbours = sorted(topology.build(section, experiment.seed).neighbors(me))
+    neighbours = sorted(topology.build(section, experiment.seed).union()[me])
     for neighbour in neighbours:
         member = members.by_name(neighbour)
         if member is None:
@@ -291,11 +291,13 @@ def _node_summary(experiment: Experiment, run: Run, name: str, core: Node, finis
 
     from p2pfl import topology
     from p2pfl.records import inside, summarise
+    from p2pfl.topology.implied import implied
 
-    graph = nx.star_graph([name, *core.neighbours])
-    graph.name = "as this node sees it"
+    star = nx.star_graph([name, *core.neighbours])
+    seen = topology.Topology("as this node sees it", tuple(star), 1, lambda _: star)
+    weights = experiment.topology.weighting if not experiment.topology.is_drawn else "metropolis"
     masses = {other.name: other.mass or 1.0 for other in core.neighbours.values()} | {name: core.settings.mass}
-    write_json(run.topology, json.loads(json.dumps(topology.node_link(graph, masses))))
+    write_json(run.topology, json.loads(json.dumps(topology.node_link(seen, weights, masses))))
     lines = run.node(name).read_metrics()
     last = lines[-1] if lines else {}
     mixed = inside(last, "mixed")
@@ -315,7 +317,7 @@ def _node_summary(experiment: Experiment, run: Run, name: str, core: Node, finis
         rejected=dict(core.conduct.counts),
         sent=sum(int(number(line, "bytes", "sent") or 0) for line in lines),
         received=sum(int(number(line, "bytes", "received") or 0) for line in lines),
-        topology=json.loads(json.dumps(topology.implied(graph, experiment.topology.weights, masses))),
+        topology=json.loads(json.dumps(implied(seen, weights, masses))),
     )
 
 
@@ -337,7 +339,7 @@ def up(
     path = find_experiment(experiment)
     flags: dict[str, Toml] = {} if nodes is None else {"topology.nodes": nodes}
     loaded = load(path, settings or (), flags)
-    if loaded.topology.graph == PEERS and not loaded.topology.edges and loaded.topology.file is None:
+    if not loaded.topology.is_drawn:
         raise BadInput(f'{path}: topology.graph is missing: which graph connects the nodes? For example graph = "ring"')
     from p2pfl import swarm
     from p2pfl.progress import Progress
@@ -401,9 +403,10 @@ def topology(
     Example: p2pfl topology ring --nodes 16
     """
     from p2pfl import topology as graphs
+    from p2pfl.topology.implied import implied as implied_by
 
     if show_list:
-        names = sorted(graphs.GENERATORS)
+        names = sorted(GRAPHS)
         if as_json:
             _print_json({"generators": names})
         else:
@@ -413,9 +416,9 @@ def topology(
         raise BadInput("which graph? `p2pfl topology --list` names the generators; a file is fine too")
     experiment, masses = _topology_of(graph, nodes, weights, settings or ())
     built = graphs.build(experiment.topology, experiment.seed)
-    implied = graphs.implied(built, experiment.topology.weights, masses)
+    implied = implied_by(built, experiment.topology.weighting, masses)
     if plot is not None:
-        _draw(built, plot)
+        _draw(built.union(), plot)
     if as_json:
         _print_json(json.loads(json.dumps(implied)))
         return
@@ -432,7 +435,7 @@ def _topology_of(
     graph: str, nodes: int | None, weights: str | None, settings: Sequence[str]
 ) -> tuple[Experiment, dict[str, float]]:
     """The experiment that the argument means, and the mass of each node."""
-    from p2pfl import topology as graphs
+    from p2pfl.topology.files import names_in
 
     flags: dict[str, Toml] = {}
     if weights is not None:
@@ -442,19 +445,19 @@ def _topology_of(
     path = Path(graph)
     if path.suffix == ".toml":
         experiment = load(find_experiment(graph), settings, flags)
-        if experiment.topology.weights != "metropolis":
+        if experiment.topology.weighting in BY_ROWS:
             from p2pfl.data import load_part
             from p2pfl.weights import mass
 
             names = experiment.topology.names
             rows = {name: len(load_part(experiment, index).train) for index, name in enumerate(names)}
-            return experiment, {name: mass(experiment.topology.weights, count) for name, count in rows.items()}
+            return experiment, {name: mass(experiment.topology.weighting, count) for name, count in rows.items()}
     elif path.is_file():
-        listed: list[Toml] = list(graphs.names_in(path))
+        listed: list[Toml] = list(names_in(path))
         experiment = load(None, settings, {"topology.nodes": listed} | flags | {"topology.file": graph})
     else:
-        if graph not in graphs.GENERATORS:
-            raise BadInput(f"there is no graph or file {graph!r}{did_you_mean(graph, sorted(graphs.GENERATORS))}")
+        if graph not in GRAPHS:
+            raise BadInput(f"there is no graph or file {graph!r}{did_you_mean(graph, sorted(GRAPHS))}")
         if nodes is None:
             raise BadInput(f"how many nodes? For example p2pfl topology {graph} --nodes 8")
         experiment = load(None, settings, {"topology.graph": graph} | flags)

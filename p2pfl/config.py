@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -24,9 +24,34 @@ else:
 
 Toml = str | int | float | bool | list["Toml"] | dict[str, "Toml"]
 
-WEIGHTS = ("metropolis", "samples", "inverse", "sqrt")
-GRAPHS = ("complete", "ring", "path", "star", "torus", "random-regular", "empty")
+Weights = Literal[
+    # a neighbour's own numbers are enough
+    "metropolis",
+    "lazy",
+    "samples",
+    "inverse",
+    "sqrt",
+    "uniform-neighbours",
+    # from the whole graph, which all members know
+    "max-degree",
+    "best-constant",
+    "fastest",
+    "given",
+    # on directed graphs
+    "push-sum",
+    "push-sum-samples",
+]
+WEIGHTS: tuple[str, ...] = get_args(Weights)
+BY_ROWS = ("samples", "inverse", "sqrt", "push-sum-samples")  # weights that depend on how many rows a node has
+STATIC_GRAPHS = (
+    *("complete", "ring", "path", "star", "grid", "torus", "hypercube", "exponential", "exponential-directed"),
+    *("random-regular", "erdos-renyi", "watts-strogatz", "barabasi-albert", "equi-static"),
+    *("tree", "caveman", "dumbbell", "empty"),
+)
+VARYING_GRAPHS = ("one-peer-exponential", "one-peer-hypercube", "base-k", "random-matching", "epidemic")
+GRAPHS = (*STATIC_GRAPHS, *VARYING_GRAPHS)
 PEERS = "peers"  # the graph of a node that was only told its neighbours
+OWN_WEIGHTS = {"base-k": "given", "epidemic": "uniform-neighbours"}  # of graphs for which metropolis is not meant
 
 
 class Section(BaseModel):
@@ -39,11 +64,17 @@ class TopologySection(Section):
     """Who averages with whom, and with which weights."""
 
     graph: str = PEERS  # a generator's name; "peers": each node's neighbours are those of its --peers
-    file: Path | None = None  # .edgelist: two names a line
+    file: Path | None = None  # .graphml, .json (networkx node-link), .edgelist or .csv (adjacency matrix)
     edges: tuple[tuple[str, str], ...] = ()  # the graph, edge by edge, over the names in `nodes`
     nodes: int | tuple[str, ...] = 1  # how many (node-0, node-1 …), or their names
     degree: int = Field(4, ge=1)  # of random-regular; 4 gives a spectral gap above 0.1 at any size
-    weights: Literal["metropolis", "samples", "inverse", "sqrt"] = "metropolis"
+    p: float | None = Field(None, gt=0, le=1)  # erdos-renyi: of an edge, 2 ln n / n; watts-strogatz: of rewiring, 0.3
+    k: int | None = Field(None, ge=1)  # watts-strogatz: neighbours, 4; base-k: at most k a round, 1; tree: children, 2
+    m: int | None = Field(None, ge=1)  # barabasi-albert: links of a newcomer, 2; equi-static: shifts, log2 n
+    s: int = Field(2, ge=1)  # epidemic: random nodes that each one sends to in a round
+    cliques: int = Field(2, ge=2)  # caveman: groups on its ring
+    rows: int | None = Field(None, ge=1)  # grid and torus; as square as the number of nodes allows, if not given
+    weights: Weights | None = None  # metropolis, if not given; of base-k its own, of epidemic uniform-neighbours
 
     @field_validator("nodes")
     @classmethod
@@ -68,6 +99,16 @@ class TopologySection(Section):
         if sum((self.graph != PEERS, self.file is not None, bool(self.edges))) > 1:
             raise ValueError("give one of graph, file and edges, not several")
         return self
+
+    @property
+    def weighting(self) -> str:
+        """The weights that hold: those that are given, or else those that are meant for this graph."""
+        return self.weights or OWN_WEIGHTS.get(self.graph, "metropolis")
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether there is a graph over names, and not only what each node was told by `--peers`."""
+        return self.graph != PEERS or bool(self.edges) or self.file is not None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,6 +138,7 @@ class ModelSection(Section):
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = (64,)  # mlp: units of each hidden layer
     channels: tuple[Annotated[int, Field(ge=1)], ...] = (16, 32)  # cnn: channels of each block
     dropout: float = Field(0.0, ge=0, lt=1)  # probability of dropping a hidden unit
+    start: Literal["same", "own"] | None = None  # all nodes' first parameters; same, unless train.local_steps is 0
 
 
 class TrainSection(Section):
@@ -104,7 +146,7 @@ class TrainSection(Section):
 
     rounds: int = Field(20, ge=1)
     local_epochs: int | None = Field(None, ge=1)  # passes over the own rows a round; 1 if nothing is said
-    local_steps: int | None = Field(None, ge=1)  # instead: optimizer steps a round
+    local_steps: int | None = Field(None, ge=0)  # instead: optimizer steps a round; 0: only average
     batch_size: int = Field(32, ge=1)  # rows
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(0.1, gt=0)
@@ -136,6 +178,7 @@ class MixSection(Section):
     correction: Literal["none"] = "none"
     compress: Literal["none"] = "none"
     schedule: Literal["sync"] = "sync"
+    two_way: bool = False  # an edge counts in a round only if both ends know that the other has its update
 
 
 class NetworkSection(Section):
@@ -175,9 +218,10 @@ class Experiment(Section):
         tree = self.model_dump(mode="json", include={"seed", "topology", "model", "train", "mix"})
         for key in ("device", "checkpoint_every"):
             del tree["train"][key]
+        tree["topology"]["weights"] = self.topology.weighting
         if self.topology.file is not None:
             tree["topology"]["file"] = self.topology.file.name  # where it lies is each node's own affair
-        if self.topology.graph == PEERS and not self.topology.edges and self.topology.file is None:
+        if not self.topology.is_drawn:
             del tree["topology"]["nodes"]  # neighbours are each node's own affair
         return {key: repr(value) for key, value in flatten(tree).items()}
 

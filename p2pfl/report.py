@@ -21,7 +21,8 @@ from p2pfl import config, plots
 from p2pfl.messages import BadInput, printable
 from p2pfl.plots import Mark, Trace, show, show_bytes, show_seconds
 from p2pfl.records import Json, Line, count_rejected, inside, is_number, number, open_run, read_json, words, write_text
-from p2pfl.topology import build, implied
+from p2pfl.topology import build
+from p2pfl.topology.implied import implied
 
 SCORES_SHOWN = 5  # scores that get a picture of their own
 ROWS_OPEN = 40  # rows of a table that is not folded away
@@ -160,12 +161,12 @@ def _implied(topology: Line) -> Line:
     drawn: config.Toml = [[a, b] for a, b in edges]
     section: dict[str, config.Toml] = {"nodes": list(names), **({"edges": drawn} if edges else {"graph": "empty"})}
     try:
-        graph = build(config.validate({"topology": section}, "topology.json").topology, seed=0)
+        drawn_again = build(config.validate({"topology": section}, "topology.json").topology, seed=0)
     except BadInput:
         return {}
     if min(masses.values()) <= 0:
         return {}
-    facts = implied(graph, NONE, masses) | {"name": str(inside(topology, "graph", "name") or "graph")}
+    facts = implied(drawn_again, "samples", masses) | {"name": str(inside(topology, "graph", "name") or "graph")}
     return dict(facts)  # type: ignore[arg-type]  # a TypedDict; its values are all JSON
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from p2pfl import checkpoint
-from p2pfl.config import Experiment
+from p2pfl.config import BY_ROWS, Experiment
 from p2pfl.data import Part
 from p2pfl.envelope import Lease, Sealed, Sealer
 from p2pfl.identity import Identity, Roster
@@ -397,7 +397,7 @@ def assemble(
     found = checkpoint.read(records.checkpoint, agreed) if resume else None
     if found is not None:
         learner.restore(found.tensors)
-    own_mass = mass(experiment.topology.weights, learner.samples)
+    own_mass = mass(experiment.topology.weighting, learner.samples)
     network = experiment.network
     settings = Settings(
         name=identity.name,
@@ -406,7 +406,7 @@ def assemble(
         unnamed=sum(dial.name is None for dial in dials),
         open=open_to_all,
         mass=own_mass,
-        equal_masses=experiment.topology.weights == "metropolis",
+        equal_masses=experiment.topology.weighting not in BY_ROWS,
         checkpoint_every=experiment.train.checkpoint_every,
         staleness=float(network.staleness),
         join_timeout=network.join_timeout,

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import NoReturn
 
-import networkx as nx
 import numpy as np
 import torch
 from safetensors.torch import load_file
@@ -35,6 +34,8 @@ from p2pfl.learner import make_learner
 from p2pfl.messages import BadInput, Schema, TrainingFailed
 from p2pfl.records import Json, Line, Run, inside, summarise, write_json, write_text
 from p2pfl.runtime import assemble, leave_on_signals
+from p2pfl.topology import Topology
+from p2pfl.topology.implied import implied
 from p2pfl.weights import mass
 
 HOST = "127.0.0.1"
@@ -78,12 +79,12 @@ def up(
         raise BadInput("`p2pfl up` needs a system that can fork (Linux, macOS); start `p2pfl node` once for each node")
     began = time.monotonic()
     graph = topology.build(experiment.topology, experiment.seed)
-    names = tuple(graph.nodes)
+    names = graph.names
     torch.set_num_threads(1)  # here already: a parent whose torch has started threads must not fork
     parts = [load_part(experiment, index) for index in range(len(names))]
-    masses = {n: mass(experiment.topology.weights, len(p.train)) for n, p in zip(names, parts, strict=True)}
+    masses = {n: mass(experiment.topology.weighting, len(p.train)) for n, p in zip(names, parts, strict=True)}
     write_text(run.experiment, to_toml(experiment))
-    write_json(run.topology, _json(topology.node_link(graph, masses)))
+    write_json(run.topology, _json(topology.node_link(graph, experiment.topology.weighting, masses)))
     identities = [Identity.generate(name) for name in names]
     roster = Roster(tuple(Member(identity.card) for identity in identities))
 
@@ -117,7 +118,7 @@ def up(
 def _run_child(
     experiment: Experiment,
     run: Run,
-    graph: nx.Graph,
+    graph: Topology,
     identity: Identity,
     roster: Roster,
     index: int,
@@ -142,7 +143,7 @@ def _run_child(
 def _be_node(
     experiment: Experiment,
     run: Run,
-    graph: nx.Graph,
+    graph: Topology,
     identity: Identity,
     roster: Roster,
     index: int,
@@ -165,7 +166,7 @@ def _be_node(
         roster,
         1,
         load_part(experiment, index),
-        sorted(graph.neighbors(name)),
+        sorted(graph.union()[name]),
         [],
         f"tcp://{HOST}:{port + index if port else 0}",
         run.node(name),
@@ -176,7 +177,7 @@ def _be_node(
     )
     _say(pipe, {"kind": "address", "address": runtime.link.address})
     addresses = json.loads(_hear(pipe))
-    for neighbour in sorted(graph.neighbors(name)):
+    for neighbour in sorted(graph.union()[name]):
         if (
             neighbour > name and addresses[neighbour]
         ):  # of two neighbours one dials, so that there is one pair of connections
@@ -310,7 +311,7 @@ def _end_all(children: Sequence[Child]) -> None:
 def _conclude(
     experiment: Experiment,
     run: Run,
-    graph: nx.Graph,
+    graph: Topology,
     masses: Mapping[str, float],
     children: Sequence[Child],
     seconds: float,
@@ -326,7 +327,7 @@ def _conclude(
         sent += traffic.get("sent", 0)
         received += traffic.get("received", 0)
     summary = summarise(
-        nodes=list(graph.nodes),
+        nodes=list(graph.names),
         finished=finished,
         rounds=experiment.train.rounds,
         seconds=seconds,
@@ -336,7 +337,7 @@ def _conclude(
         rejected=dict(sorted(rejected.items())),
         sent=sent,
         received=received,
-        topology=_json(topology.implied(graph, experiment.topology.weights, masses)),
+        topology=_json(implied(graph, experiment.topology.weighting, masses)),
     )
     write_json(run.summary, summary)
     meant = {child.name for child in children if experiment.fault_for(child.name) is not None}

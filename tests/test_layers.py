@@ -20,7 +20,7 @@ LIBRARIES = {
     "weights": set(),
     "conduct": set(),
     "node": set(),
-    "topology": {"networkx", "numpy", "scipy"},
+    "topology": {"networkx", "numpy", "scipy"},  # a folder; its own order stands in FOLDERS
     "mixing": {"torch"},
     "wire": {"msgpack"},
     "identity": {"cryptography"},
@@ -33,12 +33,15 @@ LIBRARIES = {
     "checkpoint": {"safetensors", "torch", "blake3"},
     "link": {"zmq"},
     "runtime": {"torch", "safetensors"},
-    "swarm": {"torch", "safetensors", "networkx", "numpy"},
+    "swarm": {"torch", "safetensors", "numpy"},
     "plots": {"matplotlib", "networkx", "numpy"},
     "report": {"matplotlib", "numpy"},
     "export": {"torch", "safetensors"},
     "progress": {"rich"},
     "cli": {"typer", "rich", "networkx"},
+}
+FOLDERS = {
+    "topology": ("graphs", "schedules", "files", "fastest", "matrix", "__init__", "implied", "plan"),
 }
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 
@@ -59,27 +62,41 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def files_of(module: str) -> list[Path]:
+    """The file of a module, or all files of a folder, each after those that it may import."""
+    if module in FOLDERS:
+        return [PACKAGE / module / f"{name}.py" for name in FOLDERS[module]]
+    return [PACKAGE / f"{module}.py"]
+
+
 def test_the_list_names_every_module_once() -> None:
-    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-    assert sorted(order()) == sorted(files)
-    assert set(LIBRARIES) == files
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"} | set(FOLDERS)
+    assert sorted(order()) == sorted(modules)
+    assert set(LIBRARIES) == modules
+    for folder in FOLDERS:
+        assert sorted((PACKAGE / folder).glob("*.py")) == sorted(files_of(folder))
 
 
 @pytest.mark.parametrize("module", order())
 def test_a_module_imports_only_what_stands_above_it(module: str) -> None:
     above = set(order()[: order().index(module)])
-    modules = {path.stem for path in PACKAGE.glob("*.py")}
-    for name in imports(PACKAGE / f"{module}.py"):
-        top, _, rest = name.partition(".")
-        if top == "p2pfl":
+    for number, path in enumerate(files_of(module)):
+        beside = {"p2pfl." + module + ("" if p.stem == "__init__" else f".{p.stem}") for p in files_of(module)[:number]}
+        for name in imports(path):
+            top, _, rest = name.partition(".")
             imported = rest.split(".")[0]
-            assert imported in above or imported not in modules, f"{module} imports {imported}, which is not above it"
-        elif top not in sys.stdlib_module_names:
-            assert top in LIBRARIES[module], f"{module} imports {top}"
+            if top == "p2pfl" and imported == module:
+                inner = {f"p2pfl.{module}", *(f"p2pfl.{module}.{p.stem}" for p in files_of(module))}
+                assert name not in inner or name in beside, f"{path.name} imports {name}, which is not above it"
+            elif top == "p2pfl":
+                known = imported in order()
+                assert imported in above or not known, f"{module} imports {imported}, which is not above it"
+            elif top not in sys.stdlib_module_names:
+                assert top in LIBRARIES[module], f"{module} imports {top}"
 
 
 @pytest.mark.parametrize("module", order())
 def test_nothing_that_unpickles_is_imported(module: str) -> None:
-    names = imports(PACKAGE / f"{module}.py")
-    assert not FORBIDDEN & {name.partition(".")[0] for name in names}
-    assert "torch.load" not in (PACKAGE / f"{module}.py").read_text("utf-8")
+    for path in files_of(module):
+        assert not FORBIDDEN & {name.partition(".")[0] for name in imports(path)}
+        assert "torch.load" not in path.read_text("utf-8")

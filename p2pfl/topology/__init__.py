@@ -1,0 +1,163 @@
+"""The graph over the nodes: who averages with whom, in every round, and with which weights.
+
+    graphs      named graphs that stay as they are      schedules   named graphs that change from round to round
+    files       graphs in files                         matrix      the mixing matrix of a graph
+    fastest     the best symmetric weights              implied     what graph and weights imply
+    plan        which graph to take
+
+A graph comes from a generator's name, from a file, or edge by edge. All members compute the same one from the same
+section and seed, without talking. Nothing here trains or sends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import networkx as nx
+
+from p2pfl.config import GRAPHS, PEERS, TopologySection, did_you_mean
+from p2pfl.messages import BadInput
+from p2pfl.rng import stream
+from p2pfl.topology.files import read
+from p2pfl.topology.graphs import GENERATORS
+from p2pfl.topology.matrix import check_weights, fixed_weights, hears, mixing_matrix, tells
+from p2pfl.topology.schedules import SCHEDULES
+from p2pfl.weights import Neighbourhood
+
+ROUNDS_KEPT = 64  # graphs of a schedule that are kept: the period of all that have one, up to 2^64 nodes
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Who averages with whom in every round. The edges of a directed graph are the way that vectors travel."""
+
+    name: str
+    names: tuple[str, ...]
+    period: int | None  # rounds after which it repeats; 1: it stays as it is; None: drawn anew for every round
+    at: Callable[[int], nx.Graph] = field(compare=False)  # round → graph over all names, in their order; not to change
+
+    @property
+    def directed(self) -> bool:
+        return bool(self.at(0).is_directed())
+
+    @property
+    def varies(self) -> bool:
+        return self.period != 1
+
+    def union(self) -> nx.Graph:
+        """Undirected: everybody who ever hears of whom. Complete for a schedule that is drawn anew."""
+        if self.period is None:
+            union = nx.complete_graph(self.names)
+        else:
+            union = nx.Graph()
+            union.add_nodes_from(self.names)
+            for round in range(self.period):
+                union.add_edges_from(self.at(round).edges)
+        union.name = self.name
+        return union
+
+
+def build(section: TopologySection, seed: int) -> Topology:
+    """The topology over `section.names`, in their order.
+
+    BadInput where the section describes no graph: a size that the generator cannot do, a file that cannot be read,
+    an edge to an unknown name or from a node to itself.
+    """
+    if section.graph in SCHEDULES:
+        schedule = SCHEDULES[section.graph](len(section.names), section, seed)
+
+        @lru_cache(maxsize=ROUNDS_KEPT)
+        def at(round: int) -> nx.Graph:
+            return _with_names(schedule.at(round), section)
+
+        period = schedule.period
+        return Topology(section.graph, section.names, period, lambda round: at(round % period if period else round))
+    graph = _static(section, seed)
+    return Topology(graph.name, section.names, 1, lambda round: graph)
+
+
+def _static(section: TopologySection, seed: int) -> nx.Graph:
+    if section.file is not None:
+        return _checked_names(read(section.file), section)
+    if section.edges:
+        return _named_graph("edges", section.names, (("topology.edges", a, b) for a, b in section.edges))
+    if section.graph == PEERS:
+        raise BadInput(f"topology: no graph is given: set graph to one of {', '.join(GRAPHS)}, or give a file or edges")
+    return _with_names(GENERATORS[section.graph](len(section.names), section, stream(seed, "topology")), section)
+
+
+def _with_names(numbered: nx.Graph, section: TopologySection) -> nx.Graph:
+    graph = nx.relabel_nodes(numbered, dict(enumerate(section.names)))
+    graph.name = section.graph
+    return graph
+
+
+def _checked_names(found: nx.Graph, section: TopologySection) -> nx.Graph:
+    """The graph of a file, over all `section.names` and in their order."""
+    assert section.file is not None
+    for name in found:
+        if name not in section.names:
+            mend = did_you_mean(name, section.names)
+            raise BadInput(f"{section.file}: {name!r} is not one of topology.nodes{mend}")
+    graph = found.__class__(name=section.file.name)
+    graph.add_nodes_from((name, found.nodes.get(name, {})) for name in section.names)
+    graph.add_edges_from(found.edges(data=True))
+    return graph
+
+
+def _named_graph(title: str, names: tuple[str, ...], edges: Iterable[tuple[str, str, str]]) -> nx.Graph:
+    """`edges` are (where it stands, name, name); an edge that is listed twice counts once."""
+    graph = nx.Graph(name=title)
+    graph.add_nodes_from(names)
+    for where, a, b in edges:
+        for name in (a, b):
+            if name not in graph:
+                raise BadInput(f"{where}: {name!r} is not one of topology.nodes{did_you_mean(name, names)}")
+        if a == b:
+            raise BadInput(f"{where}: {a!r} is joined to itself: remove that edge")
+        graph.add_edge(a, b)
+    return graph
+
+
+# -- What one node sees of it ----------------------------------------------------------------------------------------
+
+
+def neighbourhoods(topology: Topology, name: str, weights: str) -> Callable[[int], Neighbourhood]:
+    """round → whom this node hears and tells. BadInput where such weights cannot hold on the graph of a round."""
+
+    @lru_cache(maxsize=ROUNDS_KEPT)
+    def of(round: int) -> Neighbourhood:
+        graph = topology.at(round)
+        fixed = fixed_weights(graph, weights)
+        heard = {other: fixed.get((name, other)) for other in hears(graph, name)}
+        return Neighbourhood(heard, tuple(tells(graph, name)))
+
+    for round in range(topology.period or 1):
+        check_weights(topology.at(round), weights)
+    return lambda round: of(round % topology.period if topology.period else round)
+
+
+def node_link(topology: Topology, weights: str, masses: Mapping[str, float]) -> dict[str, object]:
+    """The graph as networkx node-link JSON (its edges under "edges"): what stands in a run folder.
+
+    A node carries its `mass`, and its `self_weight` w_ii where the graph stays as it is. An undirected edge carries
+    `weight`, what its source gives to its target's vector, and `weight_back`, what the target gives to the source's; an
+    edge of a directed graph carries `weight`, what its target gives to its source's vector. Of a graph that changes
+    from round to round it is the union, without weights; "period" says how many rounds there are.
+    """
+    union = topology.union() if topology.varies else topology.at(0).copy()
+    nx.set_node_attributes(union, dict(masses), "mass")
+    if not topology.varies:
+        matrix, index = mixing_matrix(union, weights, masses).todok(), {name: i for i, name in enumerate(union)}
+        for name, i in index.items():
+            union.nodes[name]["self_weight"] = float(matrix[i, i])
+        for a, b, edge in union.edges(data=True):
+            i, j = index[a], index[b]
+            edge["weight"] = float(matrix[j, i] if union.is_directed() else matrix[i, j])
+            if not union.is_directed():
+                edge["weight_back"] = float(matrix[j, i])
+    union.graph["period"] = topology.period
+    data: dict[str, object] = nx.node_link_data(union, edges="edges")
+    return data
