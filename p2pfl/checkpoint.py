@@ -28,13 +28,14 @@ class Checkpoint:
     """What a node goes on from: `tensors` are its learner's state before it trained for `round`."""
 
     round: int
+    mass: float  # that it held, which push-sum changes
     tensors: Mapping[str, Tensor]
 
 
 def write(folder: Path, checkpoint: Checkpoint, experiment: bytes) -> None:
     """Keep this as the newest generation, the newest as the previous. OSError if the disk does not take it."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"round": str(checkpoint.round), "experiment": experiment.hex()}
+    about = {"round": str(checkpoint.round), "mass": repr(checkpoint.mass), "experiment": experiment.hex()}
     content = save(dict(checkpoint.tensors), metadata=about)
     draft = folder / f".{NEWEST}.tmp"
     with draft.open("wb") as file:
@@ -69,7 +70,7 @@ def read(folder: Path, experiment: bytes) -> Checkpoint | None:
         about, tensors = found
         if about["experiment"] != experiment.hex():
             raise BadInput(f"{path} is of another experiment: use its settings, or another --run-dir")
-        return Checkpoint(int(about["round"]), tensors)
+        return Checkpoint(int(about["round"]), float(about["mass"]), tensors)
     if damaged:
         raise BadInput(f"{' and '.join(map(str, damaged))} are damaged: to start afresh, move {folder} away")
     return None

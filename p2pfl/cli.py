@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from p2pfl.identity import Identity, Roster
     from p2pfl.node import Node
     from p2pfl.runtime import Dial
+    from p2pfl.topology import Topology
 
 app = typer.Typer(
     add_completion=False,
@@ -143,13 +144,14 @@ def node(
     from p2pfl.identity import next_epoch, parse_address, read_roster
     from p2pfl.progress import Progress
     from p2pfl.runtime import assemble, leave_on_signals
+    from p2pfl.topology.files import names_in
 
     members = _checked_roster(roster)
     me = _load_identity(identity)
     if (known := members.by_name(me.name)) is not None and known.card != me.card:
         raise BadInput(f"{roster}: the card of {me.name} is not the one of this key: put the new {me.name}.card there")
-    experiment = load(config, settings or (), _node_flags(data, target, model, rounds))
-    neighbours, dials, open_to_all = _neighbourhood(experiment, me.name, peers, members)
+    experiment = load(config, settings or (), _node_flags(data, target, model, rounds), names_in)
+    neighbours, dials, graph = _neighbourhood(experiment, me.name, peers, members)
     endpoint = parse_address(listen) if listen else None
     if resume and run_dir is None:
         raise BadInput("--resume needs the --run-dir of the run to go on with")
@@ -172,7 +174,7 @@ def node(
             dials,
             endpoint,
             run.node(me.name),
-            open_to_all=open_to_all,
+            topology=graph,
             resume=resume,
             observe=progress.observe,
         )
@@ -234,10 +236,12 @@ def _node_flags(data: str | None, target: str | None, model: str | None, rounds:
     return flags
 
 
-def _neighbourhood(experiment: Experiment, me: str, peers: str, members: Roster) -> tuple[list[str], list[Dial], bool]:
-    """Names known as neighbours, addresses to dial, and whether others of the roster may become neighbours too."""
+def _neighbourhood(
+    experiment: Experiment, me: str, peers: str, members: Roster
+) -> tuple[list[str], list[Dial], Topology | None]:
+    """Names known as neighbours, addresses to dial, and the graph over names if the experiment has one."""
     from p2pfl import topology
-    from p2pfl.identity import parse_peer
+    from p2pfl.identity import parse_address, parse_peer
     from p2pfl.runtime import Dial
 
     names: set[str] = set()
@@ -257,17 +261,21 @@ def _neighbourhood(experiment: Experiment, me: str, peers: str, members: Roster)
         dials += [Dial(endpoint, name) for endpoint in found]
     section = experiment.topology
     if not section.is_drawn:
-        return sorted(names), dials, True
+        return sorted(names), dials, None
     if me not in section.names:
         raise BadInput(f"topology.nodes does not name {me}; it names {', '.join(section.names[:8])}")
-    neighbours = sorted(topology.build(section, experiment.seed).union()[me])
+    graph = topology.build(section, experiment.seed)
+    union = graph.union()
+    neighbours = sorted(union[me])
     for neighbour in neighbours:
         member = members.by_name(neighbour)
         if member is None:
             raise BadInput(f"{neighbour} is a neighbour in the experiment, but its card is not in the roster")
         if neighbour not in names:
-            dials += [Dial(address, neighbour) for address in member.addresses[:1]]
-    return neighbours, [dial for dial in dials if dial.name is None or dial.name in neighbours], False
+            drawn = union.nodes[neighbour].get("address")  # in the file of the graph; the roster knows better
+            known = [*member.addresses, *([parse_address(drawn)] if drawn else [])]
+            dials += [Dial(address, neighbour) for address in known[:1]]
+    return neighbours, [dial for dial in dials if dial.name is None or dial.name in neighbours], graph
 
 
 def _introduce(
@@ -336,9 +344,11 @@ def up(
 
     Example: p2pfl up hospitals.toml --set train.lr=0.05
     """
+    from p2pfl.topology.files import names_in
+
     path = find_experiment(experiment)
     flags: dict[str, Toml] = {} if nodes is None else {"topology.nodes": nodes}
-    loaded = load(path, settings or (), flags)
+    loaded = load(path, settings or (), flags, names_in)
     if not loaded.topology.is_drawn:
         raise BadInput(f'{path}: topology.graph is missing: which graph connects the nodes? For example graph = "ring"')
     from p2pfl import swarm

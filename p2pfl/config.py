@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -42,6 +42,8 @@ Weights = Literal[
     "push-sum-samples",
 ]
 WEIGHTS: tuple[str, ...] = get_args(Weights)
+PUSH_SUM = ("push-sum", "push-sum-samples")
+FROM_WHOLE_GRAPH = ("max-degree", "best-constant", "fastest", "given")
 BY_ROWS = ("samples", "inverse", "sqrt", "push-sum-samples")  # weights that depend on how many rows a node has
 STATIC_GRAPHS = (
     *("complete", "ring", "path", "star", "grid", "torus", "hypercube", "exponential", "exponential-directed"),
@@ -51,6 +53,10 @@ STATIC_GRAPHS = (
 VARYING_GRAPHS = ("one-peer-exponential", "one-peer-hypercube", "base-k", "random-matching", "epidemic")
 GRAPHS = (*STATIC_GRAPHS, *VARYING_GRAPHS)
 PEERS = "peers"  # the graph of a node that was only told its neighbours
+ALTERNATIVES = (  # of which a file gives one, and a setting another instead of it
+    ("train.local_epochs", "train.local_steps"),
+    ("topology.graph", "topology.file", "topology.edges"),
+)
 OWN_WEIGHTS = {"base-k": "given", "epidemic": "uniform-neighbours"}  # of graphs for which metropolis is not meant
 
 
@@ -240,6 +246,18 @@ class Experiment(Section):
             known = fault.node < len(names) if isinstance(fault.node, int) else fault.node in names
             if not known or (isinstance(fault.node, int) and fault.node < 0):
                 raise ValueError(f"faults: there is no node {fault.node!r}; the nodes are {', '.join(names[:8])}")
+        topology = self.topology
+        apart = topology.graph in VARYING_GRAPHS or topology.weighting in PUSH_SUM or self.mix.two_way
+        if self.network.staleness != 0 and apart:
+            raise ValueError(
+                "network.staleness must be 0 with a graph that changes from round to round, with push-sum and with "
+                "mix.two_way, since they need the vectors of one round"
+            )
+        if topology.weighting in FROM_WHOLE_GRAPH and not topology.is_drawn and topology.weights is not None:
+            raise ValueError(
+                f'topology.weights = "{topology.weighting}" needs the whole graph: give topology.graph, file or edges, '
+                'or set weights = "metropolis"'
+            )
         if self.data.split == "sizes" and len(self.data.sizes) != len(names):
             raise ValueError(
                 f"data.sizes has {len(self.data.sizes)} numbers for {len(names)} nodes: give one for each node, "
@@ -326,28 +344,52 @@ def put(tree: dict[str, Toml], key: str, value: Toml) -> None:
     table[last] = value
 
 
+def _take_out(tree: dict[str, Toml], key: str) -> None:
+    table, _, last = key.partition(".")
+    section = tree.get(table)
+    if isinstance(section, dict):
+        section.pop(last, None)
+
+
 def load(
     path: Path | None = None,
     settings: Sequence[str] = (),
     flags: Mapping[str, Toml] | None = None,
+    names_in: Callable[[Path], Sequence[str]] | None = None,
 ) -> Experiment:
     """Read an experiment: `settings` (key=value) precede `flags` (dotted key → value), and these precede the file.
 
-    BadInput says in one line what is wrong.
+    Paths in the file are meant from where it lies, others from here; the experiment holds them absolute. `names_in`
+    reads the names of the nodes from the file of a graph, for an experiment that does not list them. BadInput says in
+    one line what is wrong.
     """
     tree = read_toml(path) if path else {}
     if path is not None:
-        for table in ("topology", "data"):  # paths in a file are meant from where the file lies
-            section = tree.get(table, {})
-            for key in ("file", "path"):
-                value = section.get(key) if isinstance(section, dict) else None
-                if isinstance(section, dict) and isinstance(value, str) and not Path(value).is_absolute():
-                    section[key] = str(path.parent / value)
+        _make_absolute(tree, path.absolute().parent)
+    given = [*(flags or {}), *(setting.partition("=")[0].strip() for setting in settings)]
+    for group in ALTERNATIVES:
+        if any(key in group for key in given):
+            for key in group:
+                _take_out(tree, key)
     for key, flag in (flags or {}).items():
         put(tree, key, flag)
     for setting in settings:
         apply_setting(tree, setting)
+    _make_absolute(tree, Path.cwd())
+    topology = tree.get("topology")
+    if names_in is not None and isinstance(topology, dict) and "nodes" not in topology:
+        file = topology.get("file")
+        if isinstance(file, str):
+            topology["nodes"] = list(names_in(Path(file)))
     return validate(tree, str(path) if path else "the settings")
+
+
+def _make_absolute(tree: dict[str, Toml], folder: Path) -> None:
+    for table, key in (("topology", "file"), ("data", "path")):
+        section = tree.get(table)
+        value = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(value, str):
+            section[key] = str(folder / value)  # an absolute one stays what it is
 
 
 def validate(tree: Mapping[str, Toml], source: str) -> Experiment:

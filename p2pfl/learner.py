@@ -63,7 +63,9 @@ def make_learner(experiment: Experiment, part: Part, name: str) -> TorchLearner:
     """The learner of the node `name`: the experiment's model on the node's part of the data."""
     outputs = len(part.train.classes) or 1
     shape = tuple(part.train.inputs.shape[1:])
-    module = build(experiment.model, shape, outputs, experiment.seed)
+    own_start = experiment.model.start == "own" or (not experiment.model.start and experiment.train.local_steps == 0)
+    seed = torch_seed(experiment.seed, "start", name) if own_start else experiment.seed
+    module = build(experiment.model, shape, outputs, seed)
     device = pick_device(experiment.train.device)
     return TorchLearner(module, part, experiment.train, seed=experiment.seed, name=name, device=device)
 
@@ -257,12 +259,20 @@ class TorchLearner:
                 losses.append((loss.detach(), len(rows)))
         self._check_views()
         self.rounds_done += 1
+        if not losses:  # train.local_steps = 0: only average
+            return self._loss_without_training()
         mean = sum(loss.item() * rows for loss, rows in losses) / sum(rows for _, rows in losses)
         if not math.isfinite(mean):
             raise TrainingFailed(
                 f"the training loss became {mean} in round {round}: lower train.lr (now {lr:g}), or scale the data"
             )
         return mean
+
+    @torch.no_grad()
+    def _loss_without_training(self) -> float:
+        self.module.eval()
+        pieces = zip(*(torch.split(part, EVALUATION_ROWS) for part in self._train), strict=True)
+        return sum(self._loss(self.module(x), y, "sum").item() for x, y in pieces) / self.samples
 
     @torch.no_grad()
     def evaluate(self) -> Scores:

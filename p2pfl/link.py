@@ -50,6 +50,7 @@ from p2pfl.messages import (
     LinkUp,
     Message,
     Offer,
+    Receipt,
     Received,
     Refused,
     Rejected,
@@ -867,7 +868,7 @@ class Link:
                 peer.early = message
             return  # what was under way on a pair that broke is lost with it
         match message:
-            case Heartbeat() | Goodbye():
+            case Heartbeat() | Goodbye() | Receipt():
                 self._events.append(Received(peer.name, message))
             case Grant(round, chunks):
                 if peer.sending is not None and peer.sending.sealed.round == round:

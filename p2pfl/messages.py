@@ -171,6 +171,13 @@ class Goodbye:
 
 
 @dataclass(frozen=True, slots=True)
+class Receipt:
+    """Your update of this round is here, verified, and in time."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
 class Offer:
     """The head of an update: its signed manifest and the key that opens it. The chunks follow."""
 
@@ -194,12 +201,12 @@ class Update:
 
     round: int
     mass: float  # m_i of the sender
-    reach: float  # sum of the masses in the sender's closed neighbourhood
+    reach: float  # sum of the masses in the sender's closed neighbourhood; push-sum: into how many portions it is cut
     vector: object  # opaque to the node
 
 
-WireMessage = Hello | Describe | Heartbeat | Grant | Refused | Goodbye | Offer | Chunk
-Message = Heartbeat | Goodbye | Update
+WireMessage = Hello | Describe | Heartbeat | Grant | Refused | Goodbye | Receipt | Offer | Chunk
+Message = Heartbeat | Goodbye | Receipt | Update
 
 
 # -- What happens to a node ------------------------------------------------------------------------------------------
@@ -256,6 +263,8 @@ class Folded:
     consensus: float  # L2 distance of the own vector to the mean of the neighbours' vectors, before mixing
     mix_seconds: float
     evaluate_seconds: float
+    before: tuple[float, ...] = ()  # random projections of the own vector before mixing …
+    after: tuple[float, ...] = ()  # … and after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +332,7 @@ class Compute:
     mass: float  # goes into the signed manifest
     reach: float  # goes into the signed manifest
     train: bool
+    step: float = 1.0  # how much of what training does to the vector counts: push-sum divides it by the mass it holds
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -35,6 +35,7 @@ from p2pfl.messages import (
     LinkDown,
     LinkUp,
     Message,
+    Receipt,
     Received,
     Record,
     Rejected,
@@ -46,13 +47,13 @@ from p2pfl.messages import (
     Update,
     Value,
 )
-from p2pfl.weights import neighbour_weight, reach
+from p2pfl.weights import PUSH_SUM, Neighbourhood, Stake, mass_after, reach, weights_of
 
 WAITING_LINE = 5.0  # seconds of waiting before one says for whom, and between two such lines
 OBSERVED_ROUNDS = 16  # how many lateness observations of a neighbour its patience is derived from
 PATIENCE_FACTOR = 3.0  # times the median lateness: three times slower than usual is no longer "slow as usual"
 MAX_PATIENCE = 3600.0  # seconds: who is late on purpose can delay a round by an hour, not for ever
-MAX_MASS = 2.0**53  # no data set has more rows; and the sum of all masses stays finite
+MAX_MASS = 2.0**53  # no data set has more rows, nor have all together; and the sum of all masses stays finite
 
 
 class Phase(Enum):
@@ -71,7 +72,12 @@ class Settings:
     neighbours: tuple[str, ...] = ()  # those that are known by name at the start
     unnamed: int = 0  # peers that are only known by address until they say who they are
     open: bool = False  # whether whoever links is a neighbour, or only those in `neighbours`
+    neighbourhood: Callable[[int], Neighbourhood] | None = None  # of a round; None: every neighbour, both ways
+    drift: int = 1  # rounds that the graph lets two neighbours come apart: more than 1 if it changes between rounds
+    weights: str = "metropolis"
+    two_way: bool = False  # fold an update only once its sender confirmed ours of the same round
     mass: float = 1.0  # own weight in the mean
+    held_mass: float | None = None  # after a resume: what push-sum had made of it
     equal_masses: bool = True  # whether everybody's mass must be 1
     checkpoint_every: int = 25  # rounds
     staleness: float = 0  # rounds that a neighbour may be behind without being waited for; inf: nobody is waited for
@@ -94,11 +100,23 @@ class Neighbour:
     mass: float | None = None  # None until its first hello
     round: int = 0  # the newest that it claims to work on
     heard: int = -1  # the newest round of which its verified update came
+    confirmed: int = -1  # the newest round of which it said that our update came
     updates: dict[int, Update] = field(default_factory=dict)  # verified, not yet folded
     last_sign: float = 0.0  # when anything valid came
     down_since: float = 0.0  # when its link broke
     gone_after: int | None = None  # it said goodbye: its updates of rounds below this one were sent
     lateness: deque[float] = field(default_factory=lambda: deque(maxlen=OBSERVED_ROUNDS))
+
+
+@dataclass(frozen=True, slots=True)
+class OwnUpdate:
+    """What was sent, and to whom."""
+
+    update: Update
+    told: tuple[str, ...] | None  # None: every neighbour
+
+    def is_for(self, peer: str) -> bool:
+        return self.told is None or peer in self.told
 
 
 def patience(observed: Sequence[Sequence[float]], floor: float) -> float:
@@ -128,16 +146,19 @@ class Node:
         self.conduct = Conduct()
         self.neighbours = {name: Neighbour(name) for name in sorted(settings.neighbours)}
         # A neighbour has our update of the round that we collect, and may go `staleness` rounds on without the next.
-        self._ahead = settings.staleness + 1
+        self._ahead = max(settings.staleness + 1, settings.drift)
+        self._push_sum = settings.weights in PUSH_SUM
         self._now = now  # time of the event in hand, or of the last one
         self._effects: list[Effect] = []  # of the event in hand
         self._waiting_since = now
         self._next_heartbeat = now + settings.heartbeat
         self._next_waiting_line = now + WAITING_LINE
-        self._reach = settings.mass  # of the round in progress
+        self._mass = settings.mass if settings.held_mass is None else settings.held_mass  # only push-sum changes it
+        self._reach = self._mass  # of the round in progress
         self._counted: dict[str, float] = {}  # whose mass is in the reach, and which
+        self._told: tuple[str, ...] | None = None  # who gets the update of the round in progress; None: everybody
         # The newest two: a neighbour may still need the one before, if it was lost when we already went on.
-        self._own_updates: deque[Update] = deque(maxlen=2)
+        self._own_updates: deque[OwnUpdate] = deque(maxlen=2)
         self._trained: Trained | None = None
         self._merged: tuple[str, ...] = ()
         self._missing: tuple[str, ...] = ()
@@ -170,6 +191,8 @@ class Node:
             raise BadMessage("future", f"round {round} of an experiment with {self.settings.rounds}")
         if round > self._horizon():
             raise BadMessage("future", f"round {round}, when {self.settings.name} and most others are at {self.round}")
+        if peer not in self._part(round).hears:
+            raise BadMessage("not_a_neighbour", f"the graph of round {round} has no edge from {peer} to here")
         if len(neighbour.updates) >= 2:
             raise BadMessage("busy", f"{len(neighbour.updates)} updates of {peer} wait to be folded")
 
@@ -205,6 +228,8 @@ class Node:
                         self._update(peer, message)
                     case Heartbeat(round):
                         self._claim(peer, round)
+                    case Receipt(round):
+                        self._receipt(peer, round)
                     case Goodbye(round, reason):
                         self._goodbye(peer, round, reason)
             case Rejected():
@@ -248,7 +273,7 @@ class Node:
         neighbour = self.neighbours[event.peer]
         back, same_process = neighbour.epoch > 0, neighbour.epoch == event.epoch
         if event.epoch > neighbour.epoch:  # a new start of its process: what the old one said no longer counts
-            neighbour.round, neighbour.heard, neighbour.gone_after = 0, -1, None
+            neighbour.round, neighbour.heard, neighbour.confirmed, neighbour.gone_after = 0, -1, -1, None
             neighbour.updates.clear()
         neighbour.linked = neighbour.alive = True
         neighbour.epoch, neighbour.mass, neighbour.last_sign = event.epoch, event.mass, self._now
@@ -259,8 +284,11 @@ class Node:
     def _send_again(self, event: LinkUp, newest: int) -> None:
         """What was under way when the link broke is lost: send so many of the newest updates as the peer lacks."""
         for own in list(self._own_updates)[-newest:]:
-            if event.seen < own.round:
-                self._send((event.peer,), own)
+            if event.seen < own.update.round and own.is_for(event.peer):
+                self._send((event.peer,), own.update)
+        if self.settings.two_way:  # our receipt may have been under way, too
+            for round in self.neighbours[event.peer].updates:
+                self._send((event.peer,), Receipt(round))
 
     def _link_down(self, peer: str, why: str) -> None:
         neighbour = self.neighbours.get(peer)
@@ -292,7 +320,10 @@ class Node:
         neighbour.heard = update.round
         self._claim(peer, update.round)
         neighbour.lateness.append(self._lateness(neighbour, update.round))
-        if update.mass != neighbour.mass:
+        if self._push_sum and not (update.mass <= MAX_MASS and update.reach >= 1):
+            why = f"round {update.round} is cut into {update.reach} portions of a mass of {update.mass}"
+            self._rejected(Rejected(peer, "bad_mass", why))
+        elif not self._push_sum and update.mass != neighbour.mass:
             why = f"round {update.round} weighs {update.mass}, its hello said {neighbour.mass}"
             self._rejected(Rejected(peer, "bad_mass", why))
         elif update.round < self._needed:
@@ -301,6 +332,8 @@ class Node:
             if self.settings.staleness > 0:
                 neighbour.updates.clear()  # rounds are not kept in step, so only its newest model counts
             neighbour.updates[update.round] = update
+            if self.settings.two_way:
+                self._send((peer,), Receipt(update.round))
 
     def _lateness(self, neighbour: Neighbour, round: int) -> float:
         """How long its update of this round was waited for; 0 if it was not."""
@@ -311,8 +344,16 @@ class Node:
 
     def _claim(self, peer: str, round: int) -> None:
         neighbour = self.neighbours.get(peer)
-        if neighbour is not None and round <= self.settings.rounds:
-            neighbour.round = max(neighbour.round, round)
+        if neighbour is not None and neighbour.round < round <= self.settings.rounds:
+            if neighbour.round < self.round <= round and self._only_hears_us(peer):
+                waited = self.phase is Phase.COLLECTING
+                neighbour.lateness.append(self._now - self._waiting_since if waited else 0.0)
+            neighbour.round = round
+
+    def _receipt(self, peer: str, round: int) -> None:
+        neighbour = self.neighbours.get(peer)
+        if neighbour is not None and round <= self.round:
+            neighbour.confirmed = max(neighbour.confirmed, round)
 
     def _goodbye(self, peer: str, round: int, reason: str) -> None:
         neighbour = self.neighbours.get(peer)
@@ -347,12 +388,12 @@ class Node:
             self._finish(True)
             return
         self._trained = event.trained
-        own = Update(event.round, self.settings.mass, self._reach, event.update)
+        own = OwnUpdate(Update(event.round, self._mass, self._reach, event.update), self._told)
         self._own_updates.append(own)
         self.phase = Phase.COLLECTING
         self._waiting_since = self._now
         self._next_waiting_line = self._now + WAITING_LINE
-        self._send(self._listeners(), own)
+        self._send(tuple(name for name in self._listeners() if own.is_for(name)), own.update)
         if self._leaving:
             self._finish(False)
 
@@ -364,7 +405,7 @@ class Node:
 
     def _finish(self, finished: bool) -> None:
         self.phase = Phase.DONE
-        sent = self._own_updates[-1].round + 1 if self._own_updates else 0
+        sent = self._own_updates[-1].update.round + 1 if self._own_updates else 0
         self._goodbye_message = Goodbye(sent, "finished" if finished else "leaving")
         self._send(self._listeners(), self._goodbye_message)
         self._note("finished" if finished else "left", round=sent)
@@ -421,16 +462,38 @@ class Node:
             case _:
                 return []
 
+    def _part(self, round: int) -> Neighbourhood:
+        """Whom this node hears and tells in a round."""
+        if self.settings.neighbourhood is not None:
+            return self.settings.neighbourhood(round)
+        names = tuple(self.neighbours)
+        return Neighbourhood(dict.fromkeys(names), names)
+
+    def _only_hears_us(self, peer: str) -> bool:
+        part = self._part(self.round)
+        return peer in part.tells and peer not in part.hears
+
     def _is_awaited(self, neighbour: Neighbour) -> bool:
-        """Whether an update is missing that may still come."""
-        if not neighbour.alive or neighbour.heard >= self._needed:
+        """Whether something is missing that may still come: an update, or the word that it can go on."""
+        if not neighbour.alive:
             return False
+        if self._only_hears_us(neighbour.name):  # or we would run away from it, and it has no room for what we send
+            return neighbour.gone_after is None and neighbour.round < self.round
+        if neighbour.name not in self._part(self.round).hears:
+            return False
+        if neighbour.heard >= self._needed:
+            unconfirmed = self.round in neighbour.updates and not self._may_fold(neighbour)
+            return unconfirmed and neighbour.gone_after is None
         if neighbour.gone_after is not None:  # its last update may be under way, or come again within the grace
             return neighbour.gone_after > self._needed
         return neighbour.round <= self._horizon()  # or else what it sends next is too new for us
 
+    def _may_fold(self, neighbour: Neighbour) -> bool:
+        """The two-way-live rule: an edge counts if both ends have the other's update, and know it."""
+        return not self.settings.two_way or neighbour.confirmed == self.round
+
     def _patience(self, neighbours: Sequence[Neighbour]) -> float:
-        floor = self.settings.patience
+        floor = self.settings.patience * self.settings.drift  # so many rounds it may still have before it
         if self.round == self.settings.first_round:  # everybody still warms up, and nothing was observed yet
             floor = max(floor, self.settings.join_timeout)
         return patience([n.lateness for n in neighbours], floor)
@@ -452,8 +515,7 @@ class Node:
             if (named and linked >= expected) or under_way or self._now >= self._waits_until():
                 self._start()
         elif self.phase is Phase.COLLECTING:
-            models = [max(n.updates, default=-1) for n in self.neighbours.values() if n.alive]
-            target = catch_up_round(self.round, models, self._ahead)
+            target = self._catch_up_target()
             if target > self.round:
                 self._catch_up(target)
             elif not self._awaited() or self._now >= self._waits_until():
@@ -467,18 +529,38 @@ class Node:
             self._note("alone")
         self._compute(self.round, ())
 
+    def _catch_up_target(self) -> int:
+        """The round to jump to; the own one if most others are not far ahead."""
+        alive = [n for n in self.neighbours.values() if n.alive]
+        if self.settings.drift <= 1:
+            hears = self._part(self.round).hears
+            models = [max(n.updates, default=-1) for n in alive if n.name in hears]
+            return catch_up_round(self.round, models, self._ahead)
+        models = [max(n.updates, default=-1) for n in alive]
+        # Where the graph changes, few neighbours send in one round: most must claim to be ahead, and one have sent.
+        target = catch_up_round(self.round, [n.round for n in alive if n.linked], self._ahead)
+        return max(self.round, min(target, max(models, default=-1)))
+
     def _fold(self) -> None:
-        contributions = []
+        part, updates = self._part(self.round), dict[str, Update]()
         for neighbour in self.neighbours.values():
+            if self._is_awaited(neighbour) and self._only_hears_us(neighbour.name):
+                neighbour.lateness.append(self._patience([neighbour]))  # how long it really needs is not known yet
             update = self._take_update(neighbour)
             # A mass that is not in the reach (it joined, or changed it, during this round) would make more than a mean.
-            if update is not None and self._counted.get(neighbour.name) == update.mass:
-                weight = neighbour_weight(update.mass, self._reach, update.reach)
-                contributions.append(Contribution(neighbour.name, update.round, weight, update.vector))
-        self._merged = tuple(c.peer for c in contributions)
-        self._missing = tuple(name for name in self.neighbours if name not in self._merged)
+            counts = self._push_sum or (update is not None and self._counted.get(neighbour.name) == update.mass)
+            if update is not None and counts and self._may_fold(neighbour):
+                updates[neighbour.name] = update
+        own, heard = Stake(self._mass, self._reach), {name: Stake(u.mass, u.reach) for name, u in updates.items()}
+        fixed = {name: weight for name, weight in part.hears.items() if weight is not None}
+        weights = weights_of(self.settings.weights, own, heard, fixed)
+        if self._push_sum:
+            self._mass = mass_after(own, heard)
+        self._merged = tuple(updates)
+        self._missing = tuple(name for name in self.neighbours if name in part.hears and name not in updates)
         self._waited = self._now - self._waiting_since
-        self._compute(self.round + 1, tuple(contributions))
+        contributions = tuple(Contribution(name, u.round, weights[name], u.vector) for name, u in updates.items())
+        self._compute(self.round + 1, contributions)
 
     def _take_update(self, neighbour: Neighbour) -> Update | None:
         """The update to fold now: of this very round, or, where staleness is allowed, the only one that was kept."""
@@ -500,14 +582,22 @@ class Node:
     def _compute(self, round: int, contributions: tuple[Contribution, ...]) -> None:
         # Degrees and masses change only here, between two rounds, and travel in the signed manifest: so both ends of
         # an edge derive its weight from the same numbers.
-        self._counted = {n.name: n.mass for n in self.neighbours.values() if n.mass is not None}
-        self._reach = reach([self.settings.mass, *self._counted.values()])
+        part = self._part(round)
+        masses = {n.name: n.mass for n in self.neighbours.values() if n.name in part.hears}
+        self._counted = {name: mass for name, mass in masses.items() if mass is not None}
+        self._told = part.tells if self.settings.neighbourhood is not None else None
+        self._reach = reach([self._mass, *self._counted.values()])
+        if self._push_sum:  # mass that is sent to somebody who is not there would be lost
+            self._told = tuple(name for name in self._listeners() if name in part.tells)
+            self._reach = 1.0 + len(self._told)
         self.round = round
         self.phase = Phase.COMPUTING
+        self._send(tuple(n for n in self._listeners() if n in part.hears and n not in part.tells), Heartbeat(round))
         train = round < self.settings.rounds
         if train and round > self.settings.first_round and round % self.settings.checkpoint_every == 0:
             self._effects.append(Save(round))
-        self._effects.append(Compute(round, contributions, self.settings.mass, self._reach, train))
+        step = self.settings.mass / self._mass
+        self._effects.append(Compute(round, contributions, self._mass, self._reach, train, step))
 
     # -- Saying it ---------------------------------------------------------------------------------------------------
 

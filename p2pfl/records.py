@@ -283,6 +283,7 @@ def round_line(
         "local": dict(ended.trained.scores.values),
         "mixed": dict(ended.folded.scores.values),
         "consensus": ended.folded.consensus,
+        "probe": {"before": _shortened(ended.folded.before), "after": _shortened(ended.folded.after)},
         "merged": list(ended.merged),
         "missing": list(ended.missing),
         "seconds": {
@@ -294,6 +295,10 @@ def round_line(
         },
         "bytes": {"sent": sent, "received": received},
     }
+
+
+def _shortened(values: Sequence[float]) -> list[float]:
+    return [float(f"{value:.9g}") for value in values]  # float32 has seven digits
 
 
 def event_line(happened: Happened, *, t: float, node: str) -> Line:

@@ -55,9 +55,11 @@ from p2pfl.messages import (
     Update,
     Value,
 )
-from p2pfl.mixing import check_vector, distance_to_mean, fold
+from p2pfl.mixing import Probe, check_vector, distance_to_mean, fold
 from p2pfl.node import Node, Settings
 from p2pfl.records import Line, NodeRecords, event_line, round_line
+from p2pfl.rng import stream
+from p2pfl.topology import Topology, describe, neighbourhoods
 from p2pfl.weights import mass
 
 DRAIN = 10.0  # seconds that a finished node stays to hand over its last update
@@ -83,6 +85,7 @@ class Worker:
         self._name = name
         self._folder = folder  # of the checkpoints
         self._experiment = experiment
+        self._probe = Probe(learner.schema.size, stream(0, "probe"))
 
     def compute(self, job: Compute, save: bool) -> Outcome:
         """Perform one `Compute`: mix what was collected, evaluate, then train for the round, evaluate and seal."""
@@ -90,10 +93,10 @@ class Worker:
         folded, trained, update = None, None, None
         if job.round > 0:
             folded = self._fold(job)
-        happened = self._save(job.round) if save else None
+        happened = self._save(job) if save else None
         if job.train:
             begin = time.perf_counter()
-            loss = learner.train(job.round)
+            loss = self._train(job)
             trained_at = time.perf_counter()
             scores = learner.evaluate()
             trained = Trained(loss, scores, trained_at - begin, time.perf_counter() - trained_at)
@@ -102,15 +105,26 @@ class Worker:
             update = self._seal(job)
         return Outcome(Computed(job.round, folded, trained, update), norm, happened)
 
+    def _train(self, job: Compute) -> float:
+        """Train for the round; the mean loss. Where push-sum says so, the vector goes another part of the way."""
+        if job.step == 1.0:
+            return self._learner.train(job.round)
+        start = self._learner.vector.clone()
+        loss = self._learner.train(job.round)
+        self._learner.vector.sub_(start).mul_(job.step).add_(start)
+        return loss
+
     def _fold(self, job: Compute) -> Folded:
         learner, vector = self._learner, self._learner.vector
         begin = time.perf_counter()
         terms = [(c.peer, c.weight, as_tensor(c.vector).to(vector.device)) for c in job.contributions]
         consensus = distance_to_mean(vector, [term for _, _, term in terms])
+        before = self._probe(vector)
         fold(vector, terms, self._name, out=vector)
+        after = self._probe(vector)
         mixed_at = time.perf_counter()
         scores = learner.evaluate()
-        return Folded(scores, consensus, mixed_at - begin, time.perf_counter() - mixed_at)
+        return Folded(scores, consensus, mixed_at - begin, time.perf_counter() - mixed_at, before, after)
 
     def _own_norm(self) -> float:
         try:
@@ -122,13 +136,13 @@ class Worker:
         host = self._learner.vector.detach().cpu().numpy()
         return self._sealer.seal(host.data, job.round, job.mass, job.reach)
 
-    def _save(self, round: int) -> Happened:
+    def _save(self, job: Compute) -> Happened:
         try:
-            state = checkpoint.Checkpoint(round, self._learner.state())
+            state = checkpoint.Checkpoint(job.round, job.mass, self._learner.state())
             checkpoint.write(self._folder, state, self._experiment)
         except OSError as error:  # a full disk is no reason to stop training
-            return Happened("checkpoint_failed", {"round": round, "why": str(error.strerror)})
-        return Happened("checkpoint", {"round": round})
+            return Happened("checkpoint_failed", {"round": job.round, "why": str(error.strerror)})
+        return Happened("checkpoint", {"round": job.round})
 
     def write_model(self, path: Path) -> None:
         """The model as it is now, with the names of the module's state_dict."""
@@ -381,32 +395,39 @@ def assemble(
     listen: str | None,
     records: NodeRecords,
     *,
-    open_to_all: bool,
+    topology: Topology | None,
     resume: bool,
     observe: Callable[[Line], None],
     before_round: Callable[[int], None] = lambda round: None,
 ) -> Runtime:
     """Build and connect everything of one participant: this function is the architecture.
 
-    `neighbours` are those known by name; with `open_to_all` whoever of the roster connects is one too. The node
-    listens at once and dials when it runs. BadInput for whatever cannot be built.
+    `neighbours` are those known by name: the ones that `topology` ever joins to this node, or, without a topology, the
+    first ones, since then whoever of the roster connects is one too. The node listens at once and dials when it runs.
+    BadInput for whatever cannot be built.
     """
     learner = make_learner(experiment, part, identity.name)
-    facts = _facts(experiment, learner, part)
+    facts = _facts(experiment, topology, learner, part)
     agreed = hashlib.sha256("\n".join(f"{key} = {value}" for key, value in sorted(facts.items())).encode()).digest()
     found = checkpoint.read(records.checkpoint, agreed) if resume else None
     if found is not None:
         learner.restore(found.tensors)
-    own_mass = mass(experiment.topology.weighting, learner.samples)
+    weights = experiment.topology.weighting
+    own_mass = mass(weights, learner.samples)
     network = experiment.network
     settings = Settings(
         name=identity.name,
         rounds=experiment.train.rounds,
         neighbours=tuple(sorted(neighbours)),
         unnamed=sum(dial.name is None for dial in dials),
-        open=open_to_all,
+        open=topology is None,
+        neighbourhood=None if topology is None else neighbourhoods(topology, identity.name, weights),
+        drift=1 if topology is None else topology.period or len(topology.names),
+        weights=weights,
+        two_way=experiment.mix.two_way,
         mass=own_mass,
-        equal_masses=experiment.topology.weighting not in BY_ROWS,
+        held_mass=found.mass if found is not None else None,
+        equal_masses=weights not in BY_ROWS,
         checkpoint_every=experiment.train.checkpoint_every,
         staleness=float(network.staleness),
         join_timeout=network.join_timeout,
@@ -437,11 +458,12 @@ def assemble(
     return runtime
 
 
-def _facts(experiment: Experiment, learner: Learner, part: Part) -> dict[str, str]:
+def _facts(experiment: Experiment, topology: Topology | None, learner: Learner, part: Part) -> dict[str, str]:
     """What all members must have alike, in words; its digest stands for the federation."""
+    drawn = {} if topology is None else {"topology, as drawn": describe(topology)}
     # Two files whose labels differ can give equal schemas, and would number the classes differently.
     classes = {"data.classes": ", ".join(part.train.classes)}
-    return experiment.agreement() | classes | {tensor.name: str(tensor) for tensor in learner.schema.tensors}
+    return experiment.agreement() | drawn | classes | {tensor.name: str(tensor) for tensor in learner.schema.tensors}
 
 
 def leave_on_signals(runtime: Runtime) -> None:

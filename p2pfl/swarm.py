@@ -170,7 +170,7 @@ def _be_node(
         [],
         f"tcp://{HOST}:{port + index if port else 0}",
         run.node(name),
-        open_to_all=False,
+        topology=graph,
         resume=False,
         observe=observe,
         before_round=before_round,

@@ -31,10 +31,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from p2pfl.config import FROM_WHOLE_GRAPH as FROM_WHOLE_GRAPH
+from p2pfl.config import PUSH_SUM as PUSH_SUM
 from p2pfl.messages import BadInput
-
-PUSH_SUM = ("push-sum", "push-sum-samples")
-FROM_WHOLE_GRAPH = ("max-degree", "best-constant", "fastest", "given")
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from p2pfl.messages import (
     Heartbeat,
     Hello,
     Offer,
+    Receipt,
     Refused,
     WireMessage,
 )
@@ -104,6 +105,7 @@ _TYPES: dict[int, tuple[type[WireMessage], dict[str, Check]]] = {
     4: (Grant, {"round": _ROUND, "chunks": _integer(1, 2**31)}),
     5: (Refused, {"round": _ROUND, "code": _name}),
     6: (Goodbye, {"round": _ROUND, "reason": _word("finished", "leaving")}),
+    7: (Receipt, {"round": _ROUND}),
     16: (Offer, {"signature": _bytes(64), "key": _bytes(32)}),
     17: (Chunk, {"round": _ROUND, "index": _integer(0, 2**31)}),
 }

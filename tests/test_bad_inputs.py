@@ -867,7 +867,7 @@ def test_41_own_data_that_cannot_be_learned_from(text: str, words: str, tmp_path
 def test_42_few_nodes_and_many() -> None:
     for nodes, edges in ((1, 0), (2, 1)):
         section = validate({"topology": {"graph": "ring", "nodes": nodes}}, "the test").topology
-        assert topology.build(section, 0).number_of_edges() == edges
+        assert topology.build(section, 0).at(0).number_of_edges() == edges
     with pytest.raises(BadInput, match="fewer nodes or more rows"):
         load_part(validate({"topology": {"graph": "ring", "nodes": 5000}}, "the test"), 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,9 @@ MISTAKES = {
     'topology.nodes=["a", "a"]': "differ from each other",
     'topology.nodes=["a/b"]': "'a/b' is not a name",
     'topology.nodes=["..", "a"]': "'..' is not a name",
-    'topology.edges=[["a","b"]]': "give one of graph, file and edges",
+    "network.staleness=1 topology.graph=random-matching": "network.staleness",
+    "network.staleness=inf mix.two_way=true": "network.staleness",
+    "topology.graph=peers topology.weights=fastest": "needs the whole graph",
     'faults=[{kind="kill", node=8, round=1}]': "there is no node 8",
     'faults=[{kind="kill", node=-1, round=1}]': "there is no node -1",
     'faults=[{kind="kil", node=1, round=1}]': "faults.0.kind = 'kil' is not one of 'kill'",
@@ -107,7 +110,7 @@ MISTAKES = {
 @pytest.mark.parametrize("setting", MISTAKES)
 def test_a_mistake_is_named_in_one_line(tmp_path: Path, setting: str) -> None:
     with pytest.raises(BadInput) as caught:
-        load(write(tmp_path, CONTRACT), [setting])
+        load(write(tmp_path, CONTRACT), re.split(r" (?=\w+\.)", setting))
     assert MISTAKES[setting] in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -145,3 +148,13 @@ def test_built_in_experiments_are_found_by_name_and_sound() -> None:
         assert find_experiment(name.removesuffix(".toml")) == path
     with pytest.raises(BadInput, match=r"built in are hospitals\.toml"):
         find_experiment("hospital")
+
+
+def test_a_setting_takes_the_place_of_its_alternative_in_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, CONTRACT)
+    assert load(path).train.local_epochs == 1
+    assert load(path, ["train.local_steps=0"]).train.local_epochs is None
+    section = load(path, ['topology.edges=[["a","b"]]'], {"topology.nodes": ["a", "b"], "faults": []}).topology
+    assert (section.graph, section.edges) == ("peers", (("a", "b"),))
+    with pytest.raises(BadInput, match="give one of graph, file and edges"):
+        load(path, ["topology.graph=ring", 'topology.edges=[["a","b"]]'])

@@ -64,6 +64,7 @@ def test_complete_graph_with_sample_weights_is_centralised_fedavg(tmp_path: Path
 def test_a_ring_is_the_mixing_matrix_times_training(tmp_path: Path) -> None:
     """Real processes against X <- W train(X) in one process, with the very matrix that `p2pfl topology` tells of."""
     from p2pfl import topology
+    from p2pfl.topology.matrix import mixing_matrix
 
     settings = ["train.rounds=5", "topology.weights=sqrt"]
     up("ring-8", tmp_path / "run", *settings)
@@ -71,7 +72,7 @@ def test_a_ring_is_the_mixing_matrix_times_training(tmp_path: Path) -> None:
     learners = learners_of(experiment)
     graph = topology.build(experiment.topology, experiment.seed)
     masses = {name: learner.samples**0.5 for name, learner in zip(experiment.topology.names, learners, strict=True)}
-    matrix = torch.from_numpy(topology.mixing_matrix(graph, masses))
+    matrix = torch.from_numpy(mixing_matrix(graph.at(0), "sqrt", masses).toarray())
     for number in range(experiment.train.rounds):
         for learner in learners:
             learner.train(number)

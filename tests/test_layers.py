@@ -21,7 +21,7 @@ LIBRARIES = {
     "conduct": set(),
     "node": set(),
     "topology": {"networkx", "numpy", "scipy"},  # a folder; its own order stands in FOLDERS
-    "mixing": {"torch"},
+    "mixing": {"torch", "numpy"},
     "wire": {"msgpack"},
     "identity": {"cryptography"},
     "envelope": {"cryptography", "blake3"},

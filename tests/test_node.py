@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-from p2pfl import topology
+from p2pfl.config import TopologySection
 from p2pfl.messages import (
     MAX_ROUND,
     BadMessage,
@@ -36,6 +36,8 @@ from p2pfl.messages import (
     Leave,
     LinkDown,
     LinkUp,
+    Message,
+    Receipt,
     Received,
     Record,
     Rejected,
@@ -49,6 +51,9 @@ from p2pfl.messages import (
     Value,
 )
 from p2pfl.node import MAX_MASS, MAX_PATIENCE, Node, Phase, Settings, catch_up_round, patience
+from p2pfl.topology import Topology, build, neighbourhoods
+from p2pfl.topology.matrix import mixing_matrix
+from p2pfl.weights import Neighbourhood
 
 SCORES = Scores({"loss": 0.5})
 TRAINED = Trained(0.5, SCORES, 1.0, 0.25)
@@ -110,6 +115,8 @@ def collecting(round: int = 1, **changes: object) -> Node:
     for r in range(round):
         node.handle(computed(r), 0.0)
         for name in names:
+            if node.settings.two_way:
+                node.handle(Received(name, Receipt(r)), 0.0)
             node.handle(got(name, r, reach=1.0 + len(names)), 0.0)
     node.handle(computed(round), 0.0)
     assert (node.phase, node.round) == (Phase.COLLECTING, round)
@@ -838,12 +845,16 @@ class Peer:
 class Network:
     """Several nodes against each other. A link keeps its order; what is under way when it breaks is lost."""
 
-    def __init__(self, edges: nx.Graph, values: Mapping[str, float], seed: int = 0, **common: object) -> None:
-        self.graph, self.peers, self.now = edges, {}, 0.0
+    def __init__(
+        self, graph: nx.Graph | Topology, values: Mapping[str, float], seed: int = 0, **common: object
+    ) -> None:
+        self.topology = graph if isinstance(graph, Topology) else None
+        self.graph, self.peers, self.now = graph.union() if isinstance(graph, Topology) else graph, {}, 0.0
         self.common, self.random = {"rounds": 5, "join_timeout": 60.0, **common}, random.Random(seed)
         self.values, self.compute_seconds = dict(values), dict.fromkeys(values, 1.0)
         self.masses = dict.fromkeys(values, 1.0)
         self.trace: list[tuple[float, str, Effect]] = []
+        self.lose: Callable[[str, str, Message], bool] = lambda sender, receiver, message: False
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
         self._links: dict[frozenset[str], int] = {}  # those that stand, each with its own number
@@ -855,6 +866,9 @@ class Network:
 
     def start(self, name: str, epoch: int = 1) -> None:
         known = Settings(name=name, neighbours=tuple(self.graph[name]), mass=self.masses[name], **self.common)  # type: ignore[arg-type]
+        if self.topology is not None:
+            drift = self.topology.period or len(self.topology.names)
+            known = replace(known, neighbourhood=neighbourhoods(self.topology, name, known.weights), drift=drift)
         self.peers[name] = Peer(Node(known, self.now), self.values[name], epoch)
         self._seen = {pair: seen for pair, seen in self._seen.items() if name not in pair}
         for other in self.graph[name]:
@@ -917,6 +931,8 @@ class Network:
             match effect:
                 case Send(receivers, message):
                     for receiver in receivers:
+                        if self.lose(name, receiver, message):
+                            continue
                         self._deliver(name, receiver, Received(name, message))
                 case Compute():
                     self._compute(name, effect)
@@ -960,7 +976,7 @@ VALUES = {"a": 1.0, "b": -2.0, "c": 4.0, "d": 10.0}
 
 def test_averaging_on_a_ring_is_the_mixing_matrix_and_start_order_and_delays_do_not_matter() -> None:
     graph = ring(4)
-    matrix = topology.mixing_matrix(graph, dict.fromkeys(graph, 1.0))
+    matrix = mixing_matrix(graph, "metropolis", dict.fromkeys(graph, 1.0)).toarray()
     outcomes = set()
     for seed, (order, gap) in enumerate(itertools.product(("abcd", "dbca", "cadb"), (0.0, 0.5, 7.0))):
         network = started(Network(graph, VALUES, seed), order, gap).run()
@@ -980,7 +996,7 @@ def test_the_weights_of_every_round_are_the_rows_of_the_mixing_matrix(seed: int)
     network = Network(graph, values, seed, equal_masses=False, rounds=60)
     network.masses = {name: math.sqrt(draw.randint(1, 500)) for name in graph}
     started(network, "".join(graph)).run()
-    matrix = topology.mixing_matrix(graph, network.masses)
+    matrix = mixing_matrix(graph, "samples", network.masses).toarray()
     index = {name: i for i, name in enumerate(graph)}
     for _, name, effect in network.trace:
         if isinstance(effect, Compute) and effect.round > 0:
@@ -1037,7 +1053,7 @@ def test_a_cut_that_heals_within_the_grace_loses_no_contribution() -> None:
         network.at(2.0 + 0.93 * i, lambda: network.cut("a", "b"))
         network.at(2.2 + 0.93 * i, lambda: network.join("a", "b"))
     network.run()
-    matrix = topology.mixing_matrix(ring(4), dict.fromkeys("abcd", 1.0))
+    matrix = mixing_matrix(ring(4), "metropolis", dict.fromkeys("abcd", 1.0)).toarray()
     expected = np.linalg.matrix_power(matrix, 20) @ [VALUES[name] for name in ring(4)]
     assert [p.value for p in network.peers.values()] == pytest.approx(list(expected), abs=1e-12)
     assert len(network.said("suspected")) == 30
@@ -1056,6 +1072,229 @@ def test_a_slow_node_is_waited_for_once_it_is_known_to_be_slow() -> None:
     assert all(entry.missing == () for entry in ended[-5:])
 
 
+# -- Graphs that change, and graphs of one-way edges -----------------------------------------------------------------
+
+
+def one_way(*hears: str, tells: tuple[str, ...]) -> Callable[[int], Neighbourhood]:
+    return lambda _round: Neighbourhood(dict.fromkeys(hears), tells)
+
+
+def drawn(graph: str, nodes: int, weights: str | None = None, **keys: object) -> Topology:
+    section = {"graph": graph, "nodes": list("abcdefghijklmnop"[:nodes]), "weights": weights, **keys}
+    return build(TopologySection.model_validate(section), seed=3)
+
+
+def cycle_with_a_chord() -> Topology:
+    """The directed ring of five, and 0 → 2."""
+    graph = nx.DiGraph([(0, 1), (1, 2), (2, 3), (3, 4), (4, 0), (0, 2)])
+    named = nx.relabel_nodes(graph, dict(enumerate("abcde")))
+    return Topology("cycle", tuple("abcde"), 1, lambda _round: named)
+
+
+def test_of_each_round_only_its_neighbours_are_heard_and_told() -> None:
+    turns = [Neighbourhood({"a": None}, ("a",)), Neighbourhood({"b": None}, ("b",))]
+    node = fresh(neighbourhood=lambda round: turns[round % 2], drift=2)
+    node.handle(up("a"), 0.0)
+    assert node.handle(up("b"), 0.0)[-1] == compute(0, reach=2.0)
+    assert node.handle(computed(0), 1.0) == [Send(("a",), mine(0, reach=2.0))]
+    assert node.awaited() == ("a",)
+    assert node.handle(got("b", 1, reach=2.0), 1.5) == []  # b is ahead by one round, as this graph lets it be
+    assert node.handle(got("a", 0, reach=2.0), 2.0) == [compute(1, folded("a", round=0, weight=0.5), reach=2.0)]
+    ended = RoundEnded(0, TRAINED, FOLDED, merged=("a",), missing=(), wait_seconds=1.0)
+    story = node.handle(computed(1), 3.0)
+    assert story[:2] == [Record(ended), Send(("b",), mine(1, reach=2.0))]
+    assert story[2:] == [compute(2, folded("b", round=1, weight=0.5), reach=2.0)]
+    node.handle(computed(2), 4.0)
+    assert words(node.handle(got("b", 2), 4.0)) == ["rejected"]  # the graph of round 2 has no such edge
+    assert node.conduct.counts == {"not_a_neighbour": 1}
+
+
+def test_after_a_broken_link_only_who_was_meant_gets_an_update_again() -> None:
+    turns = [Neighbourhood({"a": None}, ("a",)), Neighbourhood({"b": None}, ("b",))]
+    node = fresh(neighbourhood=lambda round: turns[round % 2], drift=2)
+    for peer in "ab":
+        node.handle(up(peer), 0.0)
+    node.handle(computed(0), 1.0)
+    for peer, lost in (("a", [Send(("a",), mine(0, reach=2.0))]), ("b", [])):
+        node.handle(LinkDown(peer), 2.0)
+        assert node.handle(up(peer), 2.5)[1:] == lost
+
+
+def test_who_only_hears_us_is_told_nothing_but_waited_for_and_whom_we_only_hear_learns_that_we_begin() -> None:
+    node = fresh(neighbourhood=one_way("a", tells=("b",)))
+    node.handle(up("a"), 0.0)
+    assert node.handle(up("b"), 0.0)[1:] == [Send(("a",), Heartbeat(0)), compute(0, reach=2.0)]
+    assert node.handle(computed(0), 1.0) == [Send(("b",), mine(0, reach=2.0))]
+    assert node.awaited() == ("a",)  # b is at round 0 as we are: it has room for our vector
+    both = [Send(("a",), Heartbeat(1)), compute(1, folded("a", round=0, weight=0.5), reach=2.0)]
+    assert node.handle(got("a", 0, reach=2.0), 2.0) == both
+    node.handle(computed(1), 3.0)
+    assert node.handle(got("a", 1, reach=2.0), 3.5) == []
+    assert node.awaited() == ("b",)  # which has not begun round 1
+    assert node.handle(Received("b", Heartbeat(1)), 4.0)[-1] == compute(2, folded("a", round=1, weight=0.5), reach=2.0)
+
+
+def test_who_only_hears_us_holds_us_up_no_longer_than_its_patience_and_not_at_all_when_it_left() -> None:
+    node = fresh(neighbourhood=one_way("a", tells=("b",)), patience=5.0, join_timeout=5.0)
+    for peer in "ab":
+        node.handle(up(peer), 0.0)
+    for round in range(2):
+        node.handle(computed(round), float(round))
+        node.handle(got("a", round, reach=2.0), float(round))
+    assert (node.round, node.awaited(), node.deadline) == (1, ("b",), 6.0)
+    assert isinstance(node.handle(Tick(), 6.0)[-1], Compute)
+    node.handle(computed(2), 7.0)
+    node.handle(got("a", 2, reach=2.0), 7.0)
+    assert node.deadline == 12.0 and node.awaited() == ("b",)  # next it gets three times what it took in vain
+    assert isinstance(node.handle(Received("b", Goodbye(2, "leaving")), 8.0)[-1], Compute)
+
+
+def test_push_sum_portions_its_mass_and_takes_the_mean_by_the_portions_that_came() -> None:
+    """Kempe, Dobra, Gehrke 2003, with the vectors themselves (x / w) on the wire."""
+    node = fresh(weights="push-sum", neighbourhood=one_way("a", tells=("a", "b")))
+    node.handle(up("a"), 0.0)
+    job = node.handle(up("b"), 0.0)[-1]
+    assert job == Compute(0, (), 1.0, 3.0, True, 1.0)  # three portions: its own, a's and b's
+    assert node.handle(computed(0), 1.0) == [Send(("a", "b"), Update(0, 1.0, 3.0, "mine0"))]
+    (job,) = (e for e in node.handle(got("a", 0, mass=2.0, reach=4.0), 2.0) if isinstance(e, Compute))
+    held = 1 / 3 + 2 / 4
+    assert job == Compute(1, (Contribution("a", 0, 2 / 4 / held, "a0"),), held, 3.0, True, 1 / held)
+
+
+def test_push_sum_gives_no_portion_to_whoever_is_not_there() -> None:
+    node = fresh(weights="push-sum", neighbourhood=one_way("a", tells=("a", "b")), join_timeout=3.0)
+    node.handle(up("a"), 0.0)
+    assert node.handle(Tick(), 3.0)[-1] == Compute(0, (), 1.0, 2.0, True, 1.0)
+    node.handle(up("b"), 3.5)  # too late for this round: a portion more than was cut would make mass
+    assert node.handle(computed(0), 4.0) == [Send(("a",), Update(0, 1.0, 2.0, "mine0"))]
+
+
+@pytest.mark.parametrize(("mass", "reach"), [(1e300, 1.0), (1.0, 0.5), (math.inf, 2.0)])
+def test_push_sum_refuses_a_mass_that_nobody_can_have(mass: float, reach: float) -> None:
+    node = fresh(weights="push-sum", neighbours=("a",))
+    node.handle(up("a"), 0.0)
+    node.handle(computed(0), 1.0)
+    assert node.conduct.counts == {}
+    node.handle(got("a", 0, mass=mass, reach=reach), 1.0)
+    assert node.conduct.counts == {"bad_mass": 1}
+
+
+def test_push_sum_on_a_directed_cycle_with_a_chord_ends_at_the_mean_at_every_node() -> None:
+    values = dict(zip("abcde", (1.0, 2.0, 3.0, 4.0, 5.0), strict=True))
+    network = started(Network(cycle_with_a_chord(), values, weights="push-sum", rounds=120), "ecabd", 0.3).run()
+    assert [network.peers[name].value for name in "abcde"] == pytest.approx([3.0] * 5, abs=1e-12)
+    assert not network.said("rejected") and not network.said("waiting")
+
+    network = Network(cycle_with_a_chord(), values, weights="push-sum-samples", equal_masses=False, rounds=120)
+    network.masses = dict(values)
+    started(network, "abcde").run()
+    assert [network.peers[name].value for name in "abcde"] == pytest.approx([55 / 15] * 5, abs=1e-12)
+
+
+def test_push_sum_mass_is_never_made_and_only_a_death_loses_any() -> None:
+    values = dict(zip("abcde", (1.0, 2.0, 3.0, 4.0, 5.0), strict=True))
+    network = started(Network(cycle_with_a_chord(), values, weights="push-sum", rounds=40), "abcde")
+    network.at(20.0, lambda: network.kill("d"))
+    network.run()
+    last = {n: e.mass for _, n, e in network.trace if isinstance(e, Compute) and e.round == 40}
+    assert set(last) == set("abce")
+    assert 0 < math.fsum(last.values()) < 5.0
+    before = {n: e.mass for t, n, e in network.trace if isinstance(e, Compute) and e.round == 10}
+    assert math.fsum(before.values()) == pytest.approx(5.0, abs=1e-12)
+
+
+SCHEDULES_THAT_END = [
+    ("one-peer-exponential", 8, 3, {}),
+    ("one-peer-exponential", 16, 4, {}),
+    ("one-peer-hypercube", 16, 4, {}),
+    ("base-k", 6, 5, {"k": 1}),
+    ("base-k", 7, 4, {"k": 2}),
+    ("base-k", 12, 2, {"k": 4}),
+]
+
+
+@pytest.mark.parametrize(("graph", "nodes", "rounds", "keys"), SCHEDULES_THAT_END)
+def test_graphs_that_end_in_finite_time_do_so_whatever_the_delays(
+    graph: str, nodes: int, rounds: int, keys: dict[str, object]
+) -> None:
+    topology = drawn(graph, nodes, **keys)
+    assert topology.period is not None and rounds <= topology.period + 1
+    values = {name: float(i * i) for i, name in enumerate(topology.names)}
+    weights = "given" if graph == "base-k" else "metropolis"
+    network = Network(topology, values, seed=nodes, rounds=topology.period, weights=weights)
+    network.compute_seconds |= {"a": 3.0, "c": 0.1}  # who is slow holds up, who is fast runs ahead
+    started(network, "".join(reversed(topology.names)), 0.2).run()
+    mean = math.fsum(values.values()) / nodes
+    assert [p.value for p in network.peers.values()] == pytest.approx([mean] * nodes, abs=1e-12 * mean)
+    assert not network.said("rejected") and not network.said("suspected")
+
+
+@pytest.mark.parametrize("graph", ["random-matching", "epidemic", "one-peer-exponential", "base-k"])
+@pytest.mark.parametrize("seed", range(3))
+def test_where_the_graph_changes_nobody_is_waited_for_in_vain_and_nothing_refused(graph: str, seed: int) -> None:
+    topology, random_ = drawn(graph, 9), random.Random(seed)
+    weights = {"epidemic": "push-sum", "base-k": "given"}.get(graph, "metropolis")
+    network = Network(topology, {n: random_.uniform(-1, 1) for n in topology.names}, seed, rounds=60, weights=weights)
+    network.compute_seconds = {name: random_.choice([0.05, 0.5, 1.5]) for name in topology.names}
+    total = math.fsum(p for p in network.values.values())
+    started(network, "".join(topology.names), 0.1).run()
+    assert {n for _, n, e in network.trace if isinstance(e, Done) and e.finished} == set(topology.names)
+    for event in ("rejected", "late", "died", "caught_up"):
+        assert not network.said(event), event
+    ended = [e.entry for _, _, e in network.trace if isinstance(e, Record) and isinstance(e.entry, RoundEnded)]
+    assert all(entry.missing == () for entry in ended)
+    assert [p.value for p in network.peers.values()] == pytest.approx([total / 9] * 9, abs=1e-3)
+
+
+def test_where_the_graph_changes_a_death_costs_one_grace_and_who_starts_again_catches_up() -> None:
+    topology = drawn("random-matching", 8)
+    network = started(Network(topology, dict.fromkeys(topology.names, 1.0), rounds=80), "abcdefgh")
+    network.at(10.0, lambda: network.kill("c"))
+    network.at(50.0, lambda: network.start("c", epoch=2))
+    network.run()
+    assert {n for _, n, e in network.trace if isinstance(e, Done) and e.finished} == set("abcdefgh")
+    assert [n for _, n, _ in network.said("caught_up")] == ["c"]
+    ends = {n: t for t, n, e in network.trace if isinstance(e, Done)}
+    assert max(ends.values()) - min(ends.values()) < 5.0
+
+
+# -- Two ways, or not at all -----------------------------------------------------------------------------------------
+
+
+def test_a_receipt_is_sent_for_what_came_in_time_and_a_fold_waits_for_those_of_the_others() -> None:
+    node = collecting(two_way=True)
+    node.round = 1
+    assert node.handle(got("a", 1), 1.0) == [Send(("a",), Receipt(1))]
+    assert node.handle(got("b", 1), 1.5) == [Send(("b",), Receipt(1))]
+    assert node.awaited() == ("a", "b")
+    assert node.handle(Received("a", Receipt(0)), 1.5) == []  # of another round
+    assert node.handle(Received("b", Receipt(1)), 1.75) == []
+    assert node.handle(Received("a", Receipt(1)), 2.0) == [compute(2, folded("a", "b", round=1))]
+
+
+def test_without_a_receipt_an_edge_does_not_count_and_its_weight_stays_at_home() -> None:
+    node = collecting(two_way=True, patience=5.0)
+    for peer in "ab":
+        node.handle(got(peer, 1), 1.0)
+    node.handle(Received("a", Receipt(1)), 1.0)
+    assert [e for e in node.handle(Tick(), 5.0) if isinstance(e, Compute)] == [compute(2, folded("a", round=1))]
+    ended = [e for e in node.handle(computed(2), 5.0) if isinstance(e, Record)]
+    assert ended[0].entry == RoundEnded(1, TRAINED, FOLDED, merged=("a",), missing=("b",), wait_seconds=5.0)
+
+
+@pytest.mark.parametrize(("two_way", "kept"), [(True, True), (False, False)])
+def test_with_one_way_losses_only_two_way_edges_keep_the_mean(two_way: bool, kept: bool) -> None:
+    """algorithms §3.3: an update that comes one way only moves the mean by w (x_a - x_b) / n."""
+    values = dict(zip("abcd", (0.0, 1.0, 2.0, 5.0), strict=True))
+    network = Network(ring(4), values, seed=1, rounds=1, two_way=two_way, join_timeout=2.0, patience=1.0)
+    network.lose = lambda sender, receiver, message: isinstance(message, Update) and (sender, receiver) == ("b", "a")
+    started(network, "abcd").run()
+    mean = math.fsum(p.value for p in network.peers.values()) / 4
+    assert (mean == pytest.approx(2.0, abs=1e-15)) is kept
+    if not kept:
+        assert mean == pytest.approx(2.0 - 1 / 12, abs=1e-15)
+
+
 # -- Whatever happens ------------------------------------------------------------------------------------------------
 
 PEERS = st.sampled_from(["a", "b", "c", "stranger"])
@@ -1066,6 +1305,7 @@ STEPS = st.one_of(
     st.builds(LinkUp, PEERS, st.integers(1, 3), ROUNDS, MASSES, st.integers(-1, 12)),
     st.builds(LinkDown, PEERS),
     st.builds(Received, PEERS, st.builds(Heartbeat, ROUNDS)),
+    st.builds(Received, PEERS, st.builds(Receipt, ROUNDS)),
     st.builds(Received, PEERS, st.builds(Goodbye, ROUNDS, st.sampled_from(["finished", "leaving"]))),
     st.builds(Rejected, PEERS, CODES, st.just("why"), round=st.integers(-1, 12)),
     st.builds(lambda peer, ahead, mass: (peer, ahead, mass), PEERS, st.integers(-2, 4), MASSES),  # an update
@@ -1073,6 +1313,12 @@ STEPS = st.one_of(
     st.just("computed"),
     st.just("computed"),
     st.just(Tick()),
+)
+TURNS = (
+    Neighbourhood({"a": None, "b": None}, ("a", "b")),
+    Neighbourhood({"c": None}, ("c",)),
+    Neighbourhood({"a": None}, ("b", "c")),
+    Neighbourhood({}, ()),
 )
 PAUSES = st.sampled_from([0.0, 0.0, 0.1, 0.9, 1.0, 2.7, 6.0, 3600.0]) | st.floats(0, 10)
 
@@ -1084,16 +1330,39 @@ PAUSES = st.sampled_from([0.0, 0.0, 0.1, 0.9, 1.0, 2.7, 6.0, 3600.0]) | st.float
     open_to_all=st.booleans(),
     first=st.sampled_from([0, 3]),
     leave=st.booleans(),
+    graph=st.sampled_from([None, TURNS[2:3], TURNS]),
+    weights=st.sampled_from(["metropolis", "lazy", "uniform-neighbours", "push-sum"]),
+    two_way=st.booleans(),
 )
 @settings(max_examples=1000, deadline=None, print_blob=True)
 def test_whatever_happens(
-    steps: list[tuple[float, object]], staleness: float, equal: bool, open_to_all: bool, first: int, leave: bool
+    steps: list[tuple[float, object]],
+    staleness: float,
+    equal: bool,
+    open_to_all: bool,
+    first: int,
+    leave: bool,
+    graph: tuple[Neighbourhood, ...] | None,
+    weights: str,
+    two_way: bool,
 ) -> None:
     """Never an error, a step back, a double or invented contribution, more than a mean, a wait without an end."""
     names = ("a", "b", "c")
-    node = Node(
-        Settings("me", 9, names, open=open_to_all, equal_masses=equal, staleness=staleness, first_round=first), 0.0
+    in_step = graph is not None or two_way or weights == "push-sum"
+    known = Settings(
+        "me",
+        9,
+        names,
+        open=open_to_all and graph is None,
+        neighbourhood=None if graph is None else lambda round: graph[round % len(graph)],
+        drift=len(graph or "1"),
+        weights=weights,
+        two_way=two_way,
+        equal_masses=equal,
+        staleness=0 if in_step else staleness,
+        first_round=first,
     )
+    node = Node(known, 0.0)
     now, serial = 0.0, itertools.count()
     delivered: dict[object, tuple[str, int]] = {}
     folded_before: set[object] = set()
@@ -1129,6 +1398,9 @@ def test_whatever_happens(
             assert all(delivered[c.vector] == (c.peer, c.round) for c in new.contributions)
             assert [c.peer for c in new.contributions] == sorted({c.peer for c in new.contributions})
             assert math.fsum(c.weight for c in new.contributions) <= 1 + 1e-12
+            assert new.mass > 0 and new.step > 0
+            if graph is not None and "caught_up" not in words(effects):
+                assert {c.peer for c in new.contributions} <= set(graph[(new.round - 1) % len(graph)].hears)
             assert math.isfinite(new.reach) and first <= new.round <= 9
         assert all(len(n.updates) <= 2 for n in node.neighbours.values())
         if node.phase is Phase.DONE:

@@ -25,7 +25,7 @@ from p2pfl.records import (
 ENDED = RoundEnded(
     round=7,
     trained=Trained(0.5, Scores({"loss": 0.4, "accuracy": 0.9}), train_seconds=2.0, evaluate_seconds=0.25),
-    folded=Folded(Scores({"loss": 0.3, "accuracy": 0.95}), 0.125, mix_seconds=0.5, evaluate_seconds=0.5),
+    folded=Folded(Scores({"loss": 0.3, "accuracy": 0.95}), 0.125, 0.5, 0.5, before=(1.0, 1.23456789012), after=(0.5,)),
     merged=("b", "c"),
     missing=("d",),
     wait_seconds=1.0,
@@ -49,6 +49,7 @@ def test_a_round_line_is_the_one_of_the_contract() -> None:
         "local": {"loss": 0.4, "accuracy": 0.9},
         "mixed": {"loss": 0.3, "accuracy": 0.95},
         "consensus": 0.125,
+        "probe": {"before": [1.0, 1.23456789], "after": [0.5]},
         "merged": ["b", "c"],
         "missing": ["d"],
         "seconds": {"train": 2.0, "wait": 1.0, "mix": 0.5, "evaluate": 0.75, "total": 4.5},

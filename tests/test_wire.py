@@ -26,6 +26,7 @@ from p2pfl.messages import (
     Heartbeat,
     Hello,
     Offer,
+    Receipt,
     Refused,
     WireMessage,
 )
@@ -37,6 +38,7 @@ EXAMPLES: dict[type[WireMessage], WireMessage] = {
     ),
     Describe: Describe({"train.lr": "0.1"}),
     Heartbeat: Heartbeat(3),
+    Receipt: Receipt(3),
     Grant: Grant(3, 8),
     Refused: Refused(3, "bad_schema"),
     Goodbye: Goodbye(3, "finished"),
@@ -100,6 +102,7 @@ messages = st.one_of(
     ),
     st.builds(Describe, st.dictionaries(st.text(max_size=20), st.text(max_size=40), max_size=8)),
     st.builds(Heartbeat, rounds),
+    st.builds(Receipt, rounds),
     st.builds(Grant, rounds, st.integers(1, 2**31)),
     st.builds(Refused, rounds, names),
     st.builds(Goodbye, rounds, st.sampled_from(["finished", "leaving"])),
@@ -173,6 +176,7 @@ def test_the_type_numbers_never_change() -> None:
         "Grant": 4,
         "Refused": 5,
         "Goodbye": 6,
+        "Receipt": 7,
         "Offer": 16,
         "Chunk": 17,
     }
@@ -379,7 +383,7 @@ def test_a_header_has_exactly_its_keys(message: WireMessage) -> None:
         assert refused(pack(header | {key: 0}), body) == "bad_header"
 
 
-@pytest.mark.parametrize("number", [0, 7, 15, 18, -1, 2**63, True, 3.0, "3", b"3", None, [], {}], ids=repr)
+@pytest.mark.parametrize("number", [0, 8, 15, 18, -1, 2**63, True, 3.0, "3", b"3", None, [], {}], ids=repr)
 def test_a_type_that_is_not_known_is_refused(number: object) -> None:
     assert refused(msgpack.packb({"type": number, "round": 0})) == "unknown_type"
     assert refused(msgpack.packb({"round": 0})) == "unknown_type"

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import sha256
 
 import networkx as nx
 
@@ -26,6 +27,7 @@ from p2pfl.topology.matrix import check_weights, fixed_weights, hears, mixing_ma
 from p2pfl.topology.schedules import SCHEDULES
 from p2pfl.weights import Neighbourhood
 
+DRAWN_ROUNDS_COMPARED = 4  # of a graph that is drawn anew for every round
 ROUNDS_KEPT = 64  # graphs of a schedule that are kept: the period of all that have one, up to 2^64 nodes
 
 
@@ -52,7 +54,7 @@ class Topology:
             union = nx.complete_graph(self.names)
         else:
             union = nx.Graph()
-            union.add_nodes_from(self.names)
+            union.add_nodes_from(self.at(0).nodes(data=True))
             for round in range(self.period):
                 union.add_edges_from(self.at(round).edges)
         union.name = self.name
@@ -80,9 +82,10 @@ def build(section: TopologySection, seed: int) -> Topology:
 
 def _static(section: TopologySection, seed: int) -> nx.Graph:
     if section.file is not None:
-        return _checked_names(read(section.file), section)
+        return _in_one_piece(_checked_names(read(section.file), section), str(section.file))
     if section.edges:
-        return _named_graph("edges", section.names, (("topology.edges", a, b) for a, b in section.edges))
+        pairs = (("topology.edges", a, b) for a, b in section.edges)
+        return _in_one_piece(_named_graph("edges", section.names, pairs), "topology.edges")
     if section.graph == PEERS:
         raise BadInput(f"topology: no graph is given: set graph to one of {', '.join(GRAPHS)}, or give a file or edges")
     return _with_names(GENERATORS[section.graph](len(section.names), section, stream(seed, "topology")), section)
@@ -121,6 +124,24 @@ def _named_graph(title: str, names: tuple[str, ...], edges: Iterable[tuple[str, 
     return graph
 
 
+def _in_one_piece(graph: nx.Graph, where: str) -> nx.Graph:
+    """The graph, if news of every node can reach every other; BadInput, with the nodes to join, if not."""
+    parts = nx.strongly_connected_components(graph) if graph.is_directed() else nx.connected_components(graph)
+    first, *others = sorted(sorted(part) for part in parts)
+    if others:
+        way = " both ways" if graph.is_directed() else ""
+        mend = f"join {first[0]} and {others[0][0]}{way}, for example"
+        raise BadInput(
+            f"{where}: the graph is in {1 + len(others)} parts that never agree ({_some(first)} · {_some(others[0])}"
+            f"{' · …' if len(others) > 1 else ''}): {mend}"
+        )
+    return graph
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
+
+
 # -- What one node sees of it ----------------------------------------------------------------------------------------
 
 
@@ -137,6 +158,18 @@ def neighbourhoods(topology: Topology, name: str, weights: str) -> Callable[[int
     for round in range(topology.period or 1):
         check_weights(topology.at(round), weights)
     return lambda round: of(round % topology.period if topology.period else round)
+
+
+def describe(topology: Topology) -> str:
+    """The graph in a few words, which differ where it does: members compare them, as libraries may draw differently."""
+    digest, edges = sha256(), 0
+    for round in range(min(topology.period or DRAWN_ROUNDS_COMPARED, ROUNDS_KEPT)):
+        graph = topology.at(round)
+        pairs = graph.edges if graph.is_directed() else (sorted(pair) for pair in graph.edges)
+        found = sorted((a, b) for a, b in pairs)
+        edges += len(found)
+        digest.update(repr(found).encode())
+    return f"{edges} edges ({digest.hexdigest()[:8]})"
 
 
 def node_link(topology: Topology, weights: str, masses: Mapping[str, float]) -> dict[str, object]:
