@@ -289,6 +289,33 @@ def test_the_schedule_reaches_the_step() -> None:
     assert moves[1] == pytest.approx(moves[0] / 8, rel=1e-4)  # all rows in one batch: the gradient is the same
 
 
+def test_no_local_step_changes_nothing_and_says_the_loss_that_there_is() -> None:
+    it = learner(local_steps=0)
+    before, data = it.vector.clone(), part()
+    loss = it.train(0)
+    torch.testing.assert_close(it.vector, before, rtol=0, atol=0)
+    with torch.no_grad():
+        expected = F.cross_entropy(it.module(data.train.inputs), data.train.targets)
+    assert loss == pytest.approx(float(expected), rel=1e-6)
+    assert it.rounds_done == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "alike"),
+    [
+        ([], True),
+        (["train.local_steps=0"], False),  # equal vectors would have nothing to agree on
+        (["model.start=own"], False),
+        (["train.local_steps=0", "model.start=same"], True),
+    ],
+)
+def test_nodes_start_from_the_same_parameters_unless_they_only_average(settings: list[str], alike: bool) -> None:
+    experiment = config.load(config.find_experiment("hospitals"), settings)
+    a, b, again = (make_learner(experiment, load_part(experiment, 0), name).vector for name in ("a", "b", "a"))
+    assert torch.equal(a, again)
+    assert torch.equal(a, b) is alike
+
+
 def test_a_loss_that_is_not_finite_ends_the_training() -> None:
     with pytest.raises(TrainingFailed, match=r"loss became (nan|inf) in round 2: lower train.lr"):
         learner(nn.Linear(4, 1), part(classes=()), lr=1e30, local_epochs=9).train(2)

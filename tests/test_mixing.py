@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pfl.messages import BadMessage
-from p2pfl.mixing import BLOCK, MAX_VALUE, check_vector, distance_to_mean, fold
+from p2pfl.mixing import BLOCK, MAX_VALUE, PROBED, PROJECTIONS, Probe, check_vector, distance_to_mean, fold
+from p2pfl.rng import stream
 
 Terms = list[tuple[str, float, torch.Tensor]]
 
@@ -237,3 +238,29 @@ def test_a_norm_far_above_the_usual_is_refused() -> None:
 @pytest.mark.parametrize("nothing_to_compare_with", [None, 0.0])
 def test_without_a_usual_norm_any_finite_norm_passes(nothing_to_compare_with: float | None) -> None:
     assert check_vector(torch.tensor([1e20]), nothing_to_compare_with) == pytest.approx(1e20)
+
+
+# -- Probe -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 20, PROBED, PROBED + 1, 5 * PROBED])
+def test_what_mixing_does_to_vectors_it_does_to_their_projections(size: int) -> None:
+    probe = Probe(size, stream(0, "probe"))
+    a, b, c = vectors(3, size)
+    mixed = torch.tensor([probe(0.5 * a + 0.2 * b + 0.3 * c)]).double()
+    parts = torch.tensor([probe(a), probe(b), probe(c)]).double()
+    assert mixed.shape == (1, PROJECTIONS)
+    torch.testing.assert_close(mixed, torch.tensor([[0.5, 0.2, 0.3]]).double() @ parts, rtol=0, atol=1e-3)
+
+
+def test_projections_are_the_same_at_every_node_and_on_average_as_far_apart_as_the_vectors() -> None:
+    size = 2000
+    one, other = Probe(size, stream(0, "probe")), Probe(size, stream(0, "probe"))
+    ratios = []
+    for seed in range(20):
+        a, b = vectors(2, size, seed)
+        assert one(a) == other(a)
+        gap = torch.tensor(one(a)) - torch.tensor(one(b))
+        ratios.append(float(gap.square().sum() / (a - b).square().sum()))
+    assert sum(ratios) / 20 == pytest.approx(1, abs=0.2)  # one has a standard error of sqrt(2 / PROJECTIONS) = 1/4
+    assert one(torch.zeros(size)) == (0.0,) * PROJECTIONS
