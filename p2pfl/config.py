@@ -76,7 +76,7 @@ class TopologySection(Section):
     degree: int = Field(4, ge=1)  # of random-regular; 4 gives a spectral gap above 0.1 at any size
     p: float | None = Field(None, gt=0, le=1)  # erdos-renyi: of an edge, 2 ln n / n; watts-strogatz: of rewiring, 0.3
     k: int | None = Field(None, ge=1)  # watts-strogatz: neighbours, 4; base-k: at most k a round, 1; tree: children, 2
-    m: int | None = Field(None, ge=1)  # barabasi-albert: links of a newcomer, 2; equi-static: shifts, log2 n
+    m: int | None = Field(None, ge=1)  # barabasi-albert: links of a newcomer, 2; equi-static: shifts, ⌈log2 n⌉
     s: int = Field(2, ge=1)  # epidemic: random nodes that each one sends to in a round
     cliques: int = Field(2, ge=2)  # caveman: groups on its ring
     rows: int | None = Field(None, ge=1)  # grid and torus; as square as the number of nodes allows, if not given

@@ -11,6 +11,7 @@ section and seed, without talking. Nothing here trains or sends.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -100,12 +101,13 @@ def _with_names(numbered: nx.Graph, section: TopologySection) -> nx.Graph:
 def _checked_names(found: nx.Graph, section: TopologySection) -> nx.Graph:
     """The graph of a file, over all `section.names` and in their order."""
     assert section.file is not None
+    names = dict.fromkeys(section.names)  # in their order, and quick to look up
     for name in found:
-        if name not in section.names:
+        if name not in names:
             mend = did_you_mean(name, section.names)
             raise BadInput(f"{section.file}: {name!r} is not one of topology.nodes{mend}")
     graph = found.__class__(name=section.file.name)
-    graph.add_nodes_from((name, found.nodes.get(name, {})) for name in section.names)
+    graph.add_nodes_from((name, found.nodes.get(name, {})) for name in names)
     graph.add_edges_from(found.edges(data=True))
     return graph
 
@@ -170,6 +172,27 @@ def describe(topology: Topology) -> str:
         edges += len(found)
         digest.update(repr(found).encode())
     return f"{edges} edges ({digest.hexdigest()[:8]})"
+
+
+def with_weights(topology: Topology, weights: str, masses: Mapping[str, float], wanted: bool) -> nx.Graph:
+    """The graph as it goes into a file, each edge with its mixing weight if that is `wanted`.
+
+    BadInput if the graph changes from round to round, or if the two ends of an edge give each other different weights.
+    """
+    if topology.varies:
+        raise BadInput(
+            f"{topology.name} changes from round to round, and a file holds one graph: choose one that stays"
+        )
+    graph = topology.at(0).copy()
+    if wanted:
+        matrix, index = mixing_matrix(graph, weights, masses).todok(), {name: i for i, name in enumerate(graph)}
+        for a, b, edge in graph.edges(data=True):
+            edge["weight"] = float(matrix[index[b], index[a]])
+            if not graph.is_directed() and not math.isclose(edge["weight"], matrix[index[a], index[b]], rel_tol=1e-9):
+                raise BadInput(
+                    f"with weights = {weights!r} {a} and {b} give each other different weights: leave it away"
+                )
+    return graph
 
 
 def node_link(topology: Topology, weights: str, masses: Mapping[str, float]) -> dict[str, object]:
