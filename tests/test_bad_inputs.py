@@ -98,7 +98,7 @@ class Victim:
             [],
             LOOPBACK,
             NodeRecords(folder),
-            open_to_all=False,
+            topology=None,
             resume=False,
             observe=self._observe,
         )
