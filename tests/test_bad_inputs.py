@@ -78,7 +78,7 @@ class Victim:
         network = dict.fromkeys(("join_timeout", "silence", "patience", "grace"), LONG) | changes
         self.experiment: Experiment = validate(
             {
-                "topology": {"graph": "complete", "nodes": sorted(IDS)},
+                "topology": {"nodes": sorted(IDS), "edges": [["honest", "mallory"], ["mallory", "victim"]]},
                 "data": {"name": "digits"},
                 "model": {"name": "logistic"},
                 "train": {"rounds": 50, "local_steps": 1, "device": "cpu"},
@@ -98,7 +98,7 @@ class Victim:
             [],
             LOOPBACK,
             NodeRecords(folder),
-            topology=None,
+            topology=topology.build(self.experiment.topology, 0),
             resume=False,
             observe=self._observe,
         )

@@ -14,6 +14,7 @@ from p2pfl.config import Experiment, validate
 from p2pfl.data import load_part
 from p2pfl.records import NodeRecords
 from p2pfl.runtime import Dial, Runtime, assemble
+from p2pfl.topology import build
 
 NAMES = ("participant-one", "participant-two")
 IDS = identities(*NAMES)
@@ -49,7 +50,7 @@ def member(index: int, folder: Path, dials: list[Dial], sent: list[bytes]) -> Ru
         dials,
         LOOPBACK,
         NodeRecords(folder / NAMES[index]),
-        open_to_all=False,
+        topology=build(experiment().topology, 0),
         resume=False,
         observe=lambda line: None,
         before_round=before_round,
