@@ -11,7 +11,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -25,12 +26,16 @@ from p2pfl.messages import BadInput, TrainingFailed, printable
 from p2pfl.records import Json, Line, Run, create_run, default_run_dir, number, open_run, write_json, write_text
 
 if TYPE_CHECKING:
-    import networkx as nx
+    from matplotlib.figure import Figure
 
     from p2pfl.identity import Identity, Roster
     from p2pfl.node import Node
     from p2pfl.runtime import Dial
     from p2pfl.topology import Topology
+    from p2pfl.topology.implied import Implied
+
+DRAWN_SHOWN = 4  # pictured rounds of a graph that is drawn anew for each
+MAX_ROUNDS_DRAWN = 500  # of the comparison: what is slower than that leaves the picture anyway
 
 app = typer.Typer(
     add_completion=False,
@@ -298,6 +303,7 @@ def _node_summary(experiment: Experiment, run: Run, name: str, core: Node, finis
     import networkx as nx
 
     from p2pfl import topology
+    from p2pfl.analysis import compare_contraction
     from p2pfl.records import inside, summarise
     from p2pfl.topology.implied import implied
 
@@ -306,6 +312,7 @@ def _node_summary(experiment: Experiment, run: Run, name: str, core: Node, finis
     weights = experiment.topology.weighting if not experiment.topology.is_drawn else "metropolis"
     masses = {other.name: other.mass or 1.0 for other in core.neighbours.values()} | {name: core.settings.mass}
     write_json(run.topology, json.loads(json.dumps(topology.node_link(seen, weights, masses))))
+    facts: Line = json.loads(json.dumps(implied(seen, weights, masses)))
     lines = run.node(name).read_metrics()
     last = lines[-1] if lines else {}
     mixed = inside(last, "mixed")
@@ -325,7 +332,8 @@ def _node_summary(experiment: Experiment, run: Run, name: str, core: Node, finis
         rejected=dict(core.conduct.counts),
         sent=sum(int(number(line, "bytes", "sent") or 0) for line in lines),
         received=sum(int(number(line, "bytes", "received") or 0) for line in lines),
-        topology=json.loads(json.dumps(implied(seen, weights, masses))),
+        contraction=json.loads(json.dumps(compare_contraction({name: lines}, masses, facts))),
+        topology=facts,
     )
 
 
@@ -400,52 +408,63 @@ def _say_where(console: Console, run: Run) -> None:
 
 @app.command()
 def topology(
-    graph: Annotated[str | None, typer.Argument(help="A generator's name, an edge list or an experiment file.")] = None,
+    graphs: Annotated[
+        list[str] | None,
+        typer.Argument(help="A generator's name, a graph or experiment file; or compare A B C; or plan."),
+    ] = None,
     nodes: Annotated[int | None, typer.Option(help="How many nodes (of a generator).")] = None,
-    weights: Annotated[str | None, typer.Option(help="metropolis, samples, inverse or sqrt.")] = None,
+    weights: Annotated[str | None, typer.Option(help="metropolis, samples, fastest, push-sum …")] = None,
+    parameters: Annotated[int | None, typer.Option(min=1, help="Numbers in the model, for bytes a round.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it into this PNG file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the graph: .graphml, .json, .edgelist or .csv.")] = None,
+    max_degree: Annotated[int, typer.Option(min=1, help="plan: neighbours at a time, at most.")] = 4,
+    survive: Annotated[int, typer.Option(min=0, help="plan: deaths that must not cut the graph.")] = 1,
     show_list: Annotated[bool, typer.Option("--list", help="Name the generators.")] = False,
     settings: Settings = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """The graph and what it implies: how fast it averages, and how many deaths it survives.
+    """The graph and what it implies: how fast it averages, what a round costs, how many deaths it survives.
 
-    Example: p2pfl topology ring --nodes 16
+    Examples: p2pfl topology ring --nodes 16;  p2pfl topology compare ring torus base-k --nodes 16 --plot c.png;
+    p2pfl topology plan --nodes 20 --max-degree 4 --survive 2
     """
-    from p2pfl import topology as graphs
-    from p2pfl.topology.implied import implied as implied_by
-
+    chosen = list(graphs or ())
     if show_list:
         names = sorted(GRAPHS)
         if as_json:
             _print_json({"generators": names})
         else:
             sys.stdout.write("\n".join(names) + "\n")
-        return
-    if graph is None:
+    elif not chosen:
         raise BadInput("which graph? `p2pfl topology --list` names the generators; a file is fine too")
-    experiment, masses = _topology_of(graph, nodes, weights, settings or ())
-    built = graphs.build(experiment.topology, experiment.seed)
-    implied = implied_by(built, experiment.topology.weighting, masses)
-    if plot is not None:
-        _draw(built.union(), plot)
-    if as_json:
-        _print_json(json.loads(json.dumps(implied)))
-        return
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for key, value in implied.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{part} {number:g}" for part, number in value.items())
-        shown = f"{value:.6f}" if isinstance(value, float) else "–" if value is None else str(value)
-        table.add_row(key.replace("_", " "), shown)
-    Console().print(table)
+    elif chosen[0] == "plan":
+        _plan(chosen[1:], nodes, max_degree, survive, parameters, as_json)
+    elif chosen[0] == "compare":
+        read = [_read_topology(name, nodes, weights, parameters, settings or ()) for name in chosen[1:]]
+        _compare_topologies(read, plot, as_json)
+    elif len(chosen) > 1:
+        raise BadInput(f"one graph at a time, or: p2pfl topology compare {' '.join(chosen)}")
+    else:
+        _show_topology(_read_topology(chosen[0], nodes, weights, parameters, settings or ()), plot, out, as_json)
 
 
-def _topology_of(
-    graph: str, nodes: int | None, weights: str | None, settings: Sequence[str]
-) -> tuple[Experiment, dict[str, float]]:
-    """The experiment that the argument means, and the mass of each node."""
-    from p2pfl.topology.files import names_in
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """A topology, and what it is to be looked at with."""
+
+    topology: Topology
+    weights: str
+    named: bool  # whether the weights were asked for
+    masses: dict[str, float]
+    parameters: int | None
+
+
+def _read_topology(
+    graph: str, nodes: int | None, weights: str | None, parameters: int | None, settings: Sequence[str]
+) -> _Chosen:
+    """What the argument means: an experiment (also its name with .toml), a graph file, or a generator."""
+    from p2pfl import topology as graphs
+    from p2pfl.topology.files import READERS, names_in
 
     flags: dict[str, Toml] = {}
     if weights is not None:
@@ -453,36 +472,172 @@ def _topology_of(
     if nodes is not None:
         flags["topology.nodes"] = nodes
     path = Path(graph)
+    masses: dict[str, float] = {}
     if path.suffix == ".toml":
-        experiment = load(find_experiment(graph), settings, flags)
-        if experiment.topology.weighting in BY_ROWS:
-            from p2pfl.data import load_part
-            from p2pfl.weights import mass
-
-            names = experiment.topology.names
-            rows = {name: len(load_part(experiment, index).train) for index, name in enumerate(names)}
-            return experiment, {name: mass(experiment.topology.weighting, count) for name, count in rows.items()}
-    elif path.is_file():
-        listed: list[Toml] = list(names_in(path))
-        experiment = load(None, settings, {"topology.nodes": listed} | flags | {"topology.file": graph})
+        experiment = load(find_experiment(graph), settings, flags, names_in)
+        if experiment.topology.weighting in BY_ROWS or parameters is None:
+            masses, parameters = _what_is_trained(experiment, parameters)
+    elif path.suffix in READERS or path.is_file():
+        experiment = load(None, settings, flags | {"topology.file": graph}, names_in)
+    elif graph not in GRAPHS:
+        raise BadInput(f"there is no graph or file {graph!r}{did_you_mean(graph, sorted(GRAPHS))}")
+    elif nodes is None:
+        raise BadInput(f"how many nodes? For example p2pfl topology {graph} --nodes 8")
     else:
-        if graph not in GRAPHS:
-            raise BadInput(f"there is no graph or file {graph!r}{did_you_mean(graph, sorted(GRAPHS))}")
-        if nodes is None:
-            raise BadInput(f"how many nodes? For example p2pfl topology {graph} --nodes 8")
         experiment = load(None, settings, {"topology.graph": graph} | flags)
-    return experiment, dict.fromkeys(experiment.topology.names, 1.0)
+    section = experiment.topology
+    if len(section.names) == 1:
+        raise BadInput("one node has nobody to average with: use --nodes 2 or more")
+    built = graphs.build(section, experiment.seed)
+    return _Chosen(
+        built, section.weighting, weights is not None, masses or dict.fromkeys(section.names, 1.0), parameters
+    )
 
 
-def _draw(graph: nx.Graph, path: Path) -> None:
-    from p2pfl.plots import graph as drawing
-    from p2pfl.plots import png
+def _what_is_trained(experiment: Experiment, parameters: int | None) -> tuple[dict[str, float], int]:
+    """The mass of each node, and how many parameters its model has."""
+    from p2pfl.data import load_part
+    from p2pfl.learner import make_learner
+    from p2pfl.weights import mass
 
-    figure = drawing(list(graph.nodes), list(graph.edges), name=graph.name, ended={}, scores={}, score="accuracy")
+    names = experiment.topology.names
+    parts = {name: load_part(experiment, index) for index, name in enumerate(names)}
+    masses = {name: mass(experiment.topology.weighting, len(part.train)) for name, part in parts.items()}
+    return masses, parameters or make_learner(experiment, parts[names[0]], names[0]).schema.size
+
+
+def _implied_by(chosen: _Chosen) -> Implied:
+    from p2pfl.topology.implied import implied
+
+    return implied(chosen.topology, chosen.weights, chosen.masses, chosen.parameters)
+
+
+def _show_topology(chosen: _Chosen, plot: Path | None, out: Path | None, as_json: bool) -> None:
+    from p2pfl.plots import MAPS_SHOWN, png
+    from p2pfl.plots import topology as picture
+    from p2pfl.topology import with_weights
+    from p2pfl.topology.files import write
+
+    facts = _implied_by(chosen)
+    if out is not None:
+        write(with_weights(chosen.topology, chosen.weights, chosen.masses, chosen.named), out)
+    if plot is not None:
+        shown = range(min(chosen.topology.period or DRAWN_SHOWN, MAPS_SHOWN))
+        rounds = [chosen.topology.at(round) for round in shown]
+        _save(picture(rounds, chosen.topology.name, chosen.topology.period), plot, png)
+    if as_json:
+        _print_json(json.loads(json.dumps(facts)))
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for what, value in _in_words(facts):
+        table.add_row(what, value)
+    console = Console()
+    console.print(table)
+    for warning in facts["warnings"]:
+        console.print(f"note: {warning}", highlight=False, soft_wrap=True)
+
+
+def _in_words(facts: Implied) -> list[tuple[str, str]]:
+    """The facts as (what, value) for people."""
+    degree, deaths = facts["degree"], facts["node_connectivity"]
+    exact, rounds, period = facts["exact_after"], facts["rounds_to_1e-6"], facts["period"]
+    repeats = "anew in every round" if period is None else "never" if period == 1 else f"repeats after {period} rounds"
+    agreement = f"exactly after {exact} rounds" if exact is not None else f"{_or_dash(rounds)} rounds to a millionth"
+    size = f"{facts['messages']:g} vectors"
+    if facts["bytes"] is not None:
+        size += f", {facts['bytes'] / 1e6:.3g} MB ({facts['parameters']} parameters)"
+    survives = "–" if deaths is None else f"any {deaths - 1} deaths" if deaths > 1 else "no death for certain"
+    return [
+        ("graph", f"{facts['name']}, {facts['nodes']} nodes, {facts['edges']} edges"),
+        ("directed", "yes: vectors travel one way" if facts["directed"] else "no"),
+        ("changes", repeats),
+        ("neighbours a round", f"{degree['min']} to {degree['max']}, {degree['mean']:.3g} on average"),
+        ("connected", "yes" if facts["connected"] else "no"),
+        ("diameter", _or_dash(facts["diameter"])),
+        ("survives", f"{survives} (node connectivity {_or_dash(deaths)}, edge {_or_dash(facts['edge_connectivity'])})"),
+        ("weights", facts["weights"]),
+        ("left after a round", f"at worst {facts['lambda2']:.6f}, typically {_or_dash(facts['typical_contraction'])}"),
+        ("spectral gap", f"{facts['spectral_gap']:.6f}"),
+        ("smallest eigenvalue", _or_dash(facts["lambda_min"])),
+        ("agree", agreement),
+        ("a round costs", size),
+    ]
+
+
+def _or_dash(value: float | None) -> str:
+    return "–" if value is None else f"{value:.6f}" if isinstance(value, float) else str(value)
+
+
+def _compare_topologies(compared: Sequence[_Chosen], plot: Path | None, as_json: bool) -> None:
+    if len(compared) < 2:
+        raise BadInput("compare what with what? For example p2pfl topology compare ring torus --nodes 16")
+    facts = [_implied_by(chosen) for chosen in compared]
+    if plot is not None:
+        _draw_comparison(compared, facts, plot)
+    if as_json:
+        _print_json({"topologies": json.loads(json.dumps(facts))})
+        return
+    table = Table(box=None, pad_edge=False)
+    heads = ("graph", "nodes", "weights", "degree", "survives", "left", "rounds", "vectors")
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("graph", "weights") else "right", no_wrap=True)
+    for one in facts:
+        exact, rounds, deaths = one["exact_after"], one["rounds_to_1e-6"], one["node_connectivity"]
+        needed = rounds if exact is None else exact
+        table.add_row(
+            one["name"],
+            str(one["nodes"]),
+            one["weights"],
+            f"{one['degree']['min']}–{one['degree']['max']}",
+            "–" if deaths is None else f"{max(deaths - 1, 0)}",
+            f"{one['lambda2']:.4f}",
+            "never" if needed is None else f"{needed}{' (exact)' if exact is not None else ''}",
+            "–" if needed is None else f"{needed * one['messages']:g}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "survives: deaths that never cut it; vectors: sent over the whole network until it agrees", style="dim"
+    )
+
+
+def _draw_comparison(compared: Sequence[_Chosen], facts: Sequence[Implied], plot: Path) -> None:
+    from p2pfl.plots import compare_topologies, png
+    from p2pfl.topology.implied import errors
+
+    shown = min(max((one["rounds_to_1e-6"] or MAX_ROUNDS_DRAWN for one in facts), default=1), MAX_ROUNDS_DRAWN)
+    curves: dict[str, tuple[list[float], float]] = {}
+    for chosen, one in zip(compared, facts, strict=True):
+        left = errors(chosen.topology, chosen.weights, chosen.masses, shown)
+        name = one["name"] if one["name"] not in curves else f"{one['name']} {len(curves) + 1}"
+        curves[name] = (left.tolist(), one["messages"] / one["nodes"])
+    _save(compare_topologies(curves, compared[0].parameters), plot, png)
+
+
+def _plan(
+    rest: Sequence[str], nodes: int | None, max_degree: int, survive: int, parameters: int | None, as_json: bool
+) -> None:
+    from p2pfl.topology.plan import plan
+
+    if rest or nodes is None:
+        raise BadInput("how many nodes? For example p2pfl topology plan --nodes 20 --max-degree 4 --survive 2")
+    proposals = plan(nodes, max_degree, survive, parameters)
+    if as_json:
+        _print_json({"proposals": json.loads(json.dumps(proposals))})
+        return
+    console = Console()
+    for place, proposal in enumerate(proposals, start=1):
+        keys = proposal["topology"]
+        further = ", ".join(f"{key} = {value}" for key, value in keys.items() if key not in ("graph", "nodes"))
+        console.print(f"{place:2}. {keys['graph']}{f' ({further})' if further else ''}", style="bold", highlight=False)
+        console.print(f"    {proposal['why']}", highlight=False, soft_wrap=True)
+
+
+def _save(figure: Figure, path: Path, png: Callable[[Figure, Path], None]) -> None:
     try:
         png(figure, path)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot write {path}: {error}") from None
 
 
 # -- report and export -----------------------------------------------------------------------------------------------

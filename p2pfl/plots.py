@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
@@ -29,6 +31,8 @@ from numpy.typing import NDArray
 from p2pfl.messages import printable
 
 Floats = NDArray[np.float64]
+Colour = str | tuple[float, float, float, float]
+Dash = str | tuple[float, tuple[float, float]]
 
 # Each colour by its role: on white paper, on a dark screen. A figure is drawn with the first; `svg` replaces it by a
 # CSS variable, so that one picture suits both. The series keep apart under the common colour blindnesses, and red is
@@ -49,7 +53,9 @@ THEME: Mapping[str, tuple[str, str]] = {
     "series-6": ("#97961f", "#d3d163"),
     "series-7": ("#4b3fa8", "#9a91ee"),
 }
+DASHES: Sequence[Dash] = ("-", (0, (4, 2)), (0, (1, 1.2)))  # of the first curves, then the colours begin again
 SURFACE, INK, MUTED, QUIET, GRID, ALARM, *SERIES = (light for light, _ in THEME.values())
+SCALE = ("#f3e6a2", "#57a3a0", "#1f3b73")  # of values: light is least
 
 WIDTH = 10.0  # inches, of every figure
 PANEL_HEIGHT = 3.1  # inches, of a panel with curves
@@ -57,12 +63,25 @@ LEFT, GAP, BOTTOM, TOP, RIGHT = 0.9, 0.35, 0.6, 0.45, 0.3  # inches around and b
 TEXT, TITLE = 8.5, 12.0  # points
 ROW = 13.0  # points from one line of small text to the next
 POINTS = 72.0  # in an inch
+AGREED = 1e-6  # an error that counts as none
+VALUE_BYTES = 4  # of a float32
+HANG, SLANT = 22.0, math.sin(math.pi / 4)  # points from a panel down to the names that hang there; what slant leaves
+SMALL_MAP, LARGE_MAP = 4.2, 5.6  # inches, the height of a graph of few nodes and of many
+KEY_WIDTH = 1.6  # inches at the right of a graph, for what its colours mean
+STUB = 0.42  # of the step between two nodes: what is seen of an edge that comes back at the other side
+LEAST_RADIUS = 0.8  # points, of a node
+HEAD = 5.5  # points, the length of an arrow's head
 
 COLOURED = 8  # curves that get a colour and a name; of more, only the mean and the extremes are named
 NAMED_BARS = 40  # nodes that are named beside bars and in a graph
+NAMED_IN_FULL = 20  # nodes of a graph whose names are written out; of more, only their numbers, if they have any
+MAPS_SHOWN = 8  # graphs side by side
+HEADED = 64  # nodes of a graph whose edges get arrow heads; among more they would only blacken it
 MARKS_SHOWN = 6  # labelled events above a panel
 CURVE_POINTS = 8000  # of all curves of a panel together: keeps a page of 200 nodes below 3 MB
-DISTANCE_NODES, SPRING_NODES = 300, 1000  # up to which a layout takes less than 3 and 6 seconds
+DISTANCE_NODES, SPRING_NODES = 200, 1000  # up to which a layout takes less than 4 and 6 seconds
+EDGES_AT_ONCE = 1000  # of one path: a path of 20,000 takes twice the time
+SAMPLES = 4000  # points along the edges of a graph that its names keep away from
 NAME_LENGTH, MARK_LENGTH = 22, 44  # characters that are shown of a name, and of a mark's label
 
 
@@ -142,6 +161,88 @@ def consensus(traces: Sequence[Trace], marks: Sequence[Mark], lambda2: float | N
     return _curve_figure(traces, marks, title, label, "consensus", mean=True, log=True, predicted=predicted)
 
 
+def compare_topologies(curves: Mapping[str, tuple[Sequence[float], float]], parameters: int | None = None) -> Figure:
+    """How fast mixing alone agrees on several topologies, against rounds and against what a node sends.
+
+    `curves`: name → (the error that is left after 0, 1, 2 … rounds, relative to the start; the vectors that a node
+    sends in a round, on average). With the number of `parameters`, float32 each, bytes are shown instead of vectors.
+    A curve ends where it falls to AGREED, and its name hangs there, with the place on the axis. One that does not fall
+    so far is named at the right, with the error that is left. All axes are logarithmic.
+    """
+    most = max([vectors * (len(left) - 1) for left, vectors in curves.values()], default=0.0)
+    unit, scale = "vectors", 1.0
+    if parameters is not None:
+        unit, scale = _byte_unit(most * VALUE_BYTES * parameters)
+        scale /= VALUE_BYTES * parameters
+    labels = ["rounds", f"{unit} that a node has sent"]
+    found = []
+    for name, (left, vectors) in curves.items():
+        rounds = range(len(left))
+        along = {labels[0]: [float(t) for t in rounds], labels[1]: [t * vectors / scale for t in rounds]}
+        found.append(_until_agreed(Trace(name, along, left)))
+    late = [
+        _Label(f"{_plain(trace.name)}  {trace.values[-1]:.2g}", trace.values[-1], *_style(i))
+        for i, trace in enumerate(found)
+        if trace.values[-1] > AGREED
+    ]
+    feet = {
+        label: [
+            _Label(f"{_plain(trace.name)}  {trace.along[label][-1]:.4g}", trace.along[label][-1], *_style(i))
+            for i, trace in enumerate(found)
+            if trace.values[-1] <= AGREED
+        ]
+        for label in labels
+    }
+    title = f"By mixing alone {len(feet[labels[0]])} of {len(curves)} topologies agree to {AGREED:.0e}"
+    longest = max([_text_width(foot.text) for panel in feet.values() for foot in panel], default=0.0)
+    hang = (HANG + SLANT * (longest + ROW)) / POINTS  # inches
+    right = max(hang, _labels_width(late) / POINTS + 0.1)
+    height = max(PANEL_HEIGHT, (len(late) + 1) * ROW / POINTS)
+    figure = _figure(TOP + len(labels) * (BOTTOM + height + hang), title)
+    for number, label in enumerate(labels):
+        bottom = hang + (len(labels) - 1 - number) * (BOTTOM + height + hang)
+        axes = _panel(figure, LEFT, bottom, WIDTH - LEFT - right, height)
+        axes.set_xlabel(label)
+        axes.set_ylabel("error, relative to the start")
+        _draw_falling(axes, found, label)
+        _draw_end_labels(axes, late)
+        _draw_foot_labels(axes, feet[label])
+    return figure
+
+
+def _draw_falling(axes: Axes, traces: Sequence[Trace], label: str) -> None:
+    """Curves down to AGREED. Their axis is above, for their names hang below; 0 has a place on it."""
+    farthest = max([trace.along[label][-1] for trace in traces], default=0.0) or 1.0
+    highest = max([value for trace in traces for value in trace.values if math.isfinite(value)], default=1.0)
+    nearest = min([place for trace in traces for place in trace.along[label] if place > 0], default=1.0)
+    axes.set_xscale("symlog", linthresh=nearest, linscale=0.3)
+    axes.set_xlim(0, 1.05 * farthest)
+    axes.set_xticks([0, *_log_ticks(nearest, farthest)], minor=False)
+    axes.set_yscale("log")
+    axes.set_ylim(AGREED, 1.5 * highest)
+    axes.set_yticks(_log_ticks(AGREED, highest), minor=False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    for index, trace in enumerate(traces):
+        colour, dash = _style(index)
+        places, last = trace.along[label], trace.values[-1]
+        axes.plot(places, trace.values, color=colour, linestyle=dash, linewidth=1.6, zorder=3)
+        if last > AGREED:  # on to the edge, where its name stands
+            axes.plot([places[-1], 1.05 * farthest], [last, last], color=colour, linestyle=":", linewidth=0.8)
+
+
+def _until_agreed(trace: Trace) -> Trace:
+    """The curve down to AGREED or to its end, with as many points as an axis with a logarithmic scale shows."""
+    end = next((i for i, value in enumerate(trace.values) if value <= AGREED), len(trace.values) - 1)
+    steps = np.geomspace(1, max(end, 1), CURVE_POINTS // 20).astype(int).clip(max=end)
+    kept = sorted({0, end, *steps.tolist()})
+    values = [max(trace.values[i], AGREED) for i in kept]
+    return Trace(trace.name, {label: [places[i] for i in kept] for label, places in trace.along.items()}, values)
+
+
 def _curve_figure(
     traces: Sequence[Trace],
     marks: Sequence[Mark],
@@ -156,16 +257,17 @@ def _curve_figure(
     labels = list(traces[0].along) if traces else ["round"]
     coloured = len(traces) <= COLOURED or not mean
     ends = _end_labels(traces, score, coloured, mean)
+    height = max(PANEL_HEIGHT, (len(ends) + 1) * ROW / POINTS)
     values = [v for trace in traces for v in trace.values if math.isfinite(v)]
     y_limits = _limits(values, 0.05, log)
     if score == "accuracy":
         y_limits = (max(y_limits[0], -0.02), min(y_limits[1], 1.02))
     if predicted is not None:
-        foot = 1.5 * ROW / (PANEL_HEIGHT * POINTS)  # room below all curves, for the name of the falling line
+        foot = 1.5 * ROW / (height * POINTS)  # room below all curves, for the name of the falling line
         y_limits = (y_limits[0] / (y_limits[1] / y_limits[0]) ** foot, y_limits[1])
         if predicted.values[-1] > y_limits[0]:
-            ends.append((predicted.name, predicted.values[-1], INK, False))
-    right = max([_text_width(text, bold) for text, _, _, bold in ends], default=0.0) / POINTS + RIGHT
+            ends.append(_Label(predicted.name, predicted.values[-1], INK))
+    right = _labels_width(ends) / POINTS + 0.1
     panel_width = (WIDTH - LEFT - right - GAP * (len(labels) - 1)) / len(labels)
 
     limits = [_limits([x for trace in traces for x in trace.along[label]]) for label in labels]
@@ -176,14 +278,14 @@ def _curve_figure(
     rows = max((spot.row + 1 for panel in placed for spot in panel), default=0)
     more = len(marks) - MARKS_SHOWN
     top = TOP + (rows + (more > 0)) * ROW / POINTS
-    figure = _figure(top + PANEL_HEIGHT + BOTTOM, title)
+    figure = _figure(top + height + BOTTOM, title)
     if more > 0:
         _small(figure, LEFT, TOP + 0.1, f"… and {more} more events, listed under Events")
 
     every = max(1, math.ceil(sum(len(trace.values) for trace in traces) / CURVE_POINTS))
     for number, (label, limit) in enumerate(zip(labels, limits, strict=True)):
         left = LEFT + number * (panel_width + GAP)
-        axes = _panel(figure, left, BOTTOM, panel_width, PANEL_HEIGHT)
+        axes = _panel(figure, left, BOTTOM, panel_width, height)
         axes.set_xlim(*limit)
         if log:
             axes.set_yscale("log")
@@ -204,7 +306,7 @@ def _curve_figure(
         else:
             axes.tick_params(labelleft=False)
         for index, trace in enumerate(traces):
-            _curve(axes, trace, label, index, every, coloured, 1.2 if mean else 2.0)
+            _curve(axes, trace, label, index, every, coloured, 1.2 if mean or len(traces) > COLOURED else 2.0)
         if mean and len(traces) > 1:
             grid, middle, low, high = _mean_and_band(traces, label)
             axes.fill_between(grid, low, high, color=MUTED, alpha=0.16, linewidth=0, zorder=1)
@@ -222,7 +324,7 @@ def _curve_figure(
 
 
 def _curve(axes: Axes, trace: Trace, label: str, index: int, every: int, coloured: bool, width: float) -> None:
-    colour = SERIES[index % len(SERIES)] if coloured else QUIET
+    colour, dash = _style(index) if coloured else (QUIET, "-")
     kept = sorted({*range(0, len(trace.values), every), *([len(trace.values) - 1] if trace.values else [])})
     x = [trace.along[label][i] for i in kept]
     y = [trace.values[i] for i in kept]
@@ -231,7 +333,7 @@ def _curve(axes: Axes, trace: Trace, label: str, index: int, every: int, coloure
         y,
         color=colour if trace.goes_on or coloured else ALARM,
         linewidth=width if coloured else 0.7,
-        linestyle="-" if index < len(SERIES) or not coloured else (0, (4, 2)),
+        linestyle=dash,
         marker="o" if len(x) == 1 else "",
         markersize=4,
         alpha=0.75 if trace.goes_on and not coloured else 1,
@@ -256,47 +358,94 @@ def _mean_and_band(traces: Sequence[Trace], label: str) -> tuple[Floats, Floats,
     return grid[begun], mean[begun], low[begun], high[begun]  # a mean of the few that began first would mislead
 
 
-def _end_labels(traces: Sequence[Trace], score: str, coloured: bool, mean: bool) -> list[tuple[str, float, str, bool]]:
-    """(text, value, colour, bold) of what is written at the right end of the curves that go on to the end."""
+@dataclass(frozen=True)
+class _Label:
+    """What is written at the end of a curve."""
+
+    text: str
+    place: float  # of the end, on the axis along which the labels lie
+    colour: str
+    dash: Dash = "-"
+    bold: bool = False
+
+
+def _style(index: int) -> tuple[str, Dash]:
+    """The colour and the dash of one of several curves; 24 can be told apart."""
+    return SERIES[index % len(SERIES)], DASHES[index // len(SERIES) % len(DASHES)]
+
+
+def _end_labels(traces: Sequence[Trace], score: str, coloured: bool, mean: bool) -> list[_Label]:
+    """What is written at the right end of the curves that go on to the end."""
     last = [(_last_values([trace])[0], i, trace.name) for i, trace in enumerate(traces) if _last_values([trace])]
     labels = []
     if coloured:
-        labels = [(f"{_plain(name)}  {show(score, v)}", v, SERIES[i % len(SERIES)], False) for v, i, name in last]
+        labels = [_Label(f"{_plain(name)}  {show(score, v)}", v, *_style(i)) for v, i, name in last]
     elif last:
         for word, (v, _, name) in (("highest", max(last)), ("lowest", min(last))):
-            labels.append((f"{word}: {_plain(name)}  {show(score, v)}", v, MUTED, False))
+            labels.append(_Label(f"{word}: {_plain(name)}  {show(score, v)}", v, MUTED))
     if mean and len(last) > 1:
         middle = float(np.mean([v for v, _, _ in last]))
-        labels.append((f"mean  {show(score, middle)}", middle, INK, True))
+        labels.append(_Label(f"mean  {show(score, middle)}", middle, INK, bold=True))
     return labels
 
 
-def _draw_end_labels(axes: Axes, labels: Sequence[tuple[str, float, str, bool]]) -> None:
+def _beside(labels: Sequence[_Label]) -> float:
+    """Points from a panel's right edge to its labels: many fan out, and show how their curves are dashed."""
+    return 14.0 if len(labels) <= COLOURED + 1 else 40.0
+
+
+def _labels_width(labels: Sequence[_Label]) -> float:
+    """Points that labels take at the right of a panel."""
+    return _beside(labels) + max([_text_width(label.text, label.bold) for label in labels], default=0.0)
+
+
+def _draw_end_labels(axes: Axes, labels: Sequence[_Label]) -> None:
     """Write the labels beside the right edge, each as near to its curve's end as the others allow."""
     if not labels:
         return
-    height = PANEL_HEIGHT * POINTS
-    at_end = axes.transData.transform([(axes.get_xlim()[1], value) for _, value, _, _ in labels])
+    width, height = _size(axes)
+    at_end = axes.transData.transform([(axes.get_xlim()[1], label.place) for label in labels])
     wanted = np.clip(axes.transAxes.inverted().transform(at_end)[:, 1], 0, 1) * height
-    beside = 14 / (axes.get_position().width * WIDTH * POINTS)  # 14 points
-    for (text, _, colour, bold), start, y in zip(labels, wanted, apart(wanted, ROW, height), strict=True):
-        axes.plot(
-            [1, 1 + 0.75 * beside],
-            [start / height, y / height],
-            transform=axes.transAxes,
-            color=colour,
-            linewidth=0.8,
-            clip_on=False,
-        )
+    beside = _beside(labels) / width
+    turn = 0.75 if _beside(labels) < 20 else 0.4
+    for label, start, y in zip(labels, wanted / height, apart(wanted, ROW, height) / height, strict=True):
+        _draw_outside(axes, [1, 1 + turn * beside], [start, y], label.colour, 0.8)
+        if turn < 0.5:
+            _draw_outside(axes, [1 + turn * beside, 1 + 0.9 * beside], [y, y], label.colour, 1.4, label.dash)
         axes.text(
             1 + beside,
-            y / height,
-            text,
+            y,
+            label.text,
             transform=axes.transAxes,
             va="center",
-            color=colour,
+            color=label.colour,
             fontsize=TEXT,
-            fontweight="bold" if bold else "normal",
+            fontweight="bold" if label.bold else "normal",
+        )
+
+
+def _draw_outside(axes: Axes, x: list[float], y: list[float], colour: str, width: float, dash: Dash = "-") -> None:
+    """A line in units of the panel's sides, which may leave it."""
+    axes.plot(x, y, transform=axes.transAxes, color=colour, linewidth=width, linestyle=dash, clip_on=False)
+
+
+def _draw_foot_labels(axes: Axes, labels: Sequence[_Label]) -> None:
+    """Hang the labels below the panel at a slant, each as near to its curve's end as the others allow."""
+    width, height = _size(axes)
+    at_foot = axes.transData.transform([(label.place, axes.get_ylim()[0]) for label in labels]).reshape(-1, 2)
+    wanted = np.clip(axes.transAxes.inverted().transform(at_foot)[:, 0], 0, 1) * width
+    for label, start, x in zip(labels, wanted, apart(wanted, ROW / SLANT, width), strict=True):
+        _draw_outside(axes, [start / width, x / width], [0, (2 - HANG) / height], label.colour, 1.2, label.dash)
+        axes.text(
+            x / width,
+            -HANG / height,
+            label.text,
+            transform=axes.transAxes,
+            rotation=-45,
+            rotation_mode="anchor",
+            va="center",
+            color=label.colour,
+            fontsize=TEXT,
         )
 
 
@@ -363,7 +512,7 @@ def _first(pair: tuple[float, Mark]) -> float:
 
 def _draw_mark(axes: Axes, spot: _Spot) -> None:
     colour = spot.colour
-    height, width = PANEL_HEIGHT * POINTS, axes.get_position().width * WIDTH * POINTS
+    width, height = _size(axes)
     foot = 1 + (4 + spot.row * ROW) / height
     across = blended_transform_factory(axes.transData, axes.transAxes)
     bottom = 0.0
@@ -383,7 +532,7 @@ def _draw_predicted(axes: Axes, line: Trace) -> None:
     low, high = axes.get_ylim()
     if y[-1] > low:
         return
-    foot = low * (high / low) ** (1.3 * ROW / (PANEL_HEIGHT * POINTS))
+    foot = low * (high / low) ** (1.3 * ROW / _size(axes)[1])
     leaves_foot, reaches_foot = (float(np.interp(-math.log(v), -np.log(y), x)) for v in (low, foot))
     across = blended_transform_factory(axes.transData, axes.transAxes)
     right = axes.transData.transform((leaves_foot, low))[0] < axes.transAxes.transform((0.5, 0))[0]
@@ -421,7 +570,7 @@ def bytes_figure(sent: Mapping[str, float], received: Mapping[str, float], round
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):g}"))
     axes.set_xlabel(unit)
     above = blended_transform_factory(axes.transData, axes.transAxes)
-    lift = 1 + 5 / (axes.get_position().height * figure.get_figheight() * POINTS)
+    lift = 1 + 5 / _size(axes)[1]
     for x, side, text, colour in ((-0.02, "right", "← received", SERIES[1]), (0.02, "left", "sent →", SERIES[0])):
         axes.text(x * reach, lift, text, transform=above, ha=side, va="bottom", color=colour, fontsize=TEXT)
     return figure
@@ -454,17 +603,16 @@ def time_split(seconds: Mapping[str, Mapping[str, float]]) -> Figure:
         width = np.array([seconds[name].get(part, 0.0) / scale for name in names])
         _bars(axes, left, width, colour)
         left += width
-        _key(figure, axes, key, colour, part)
+        _key(axes, key, colour, part)
         key += _text_width(part) + 26
     axes.set_xlim(0, 1.03 * max(totals.values(), default=0.0) / scale or 1.0)
     axes.set_xlabel(f"{unit} a round, mean over the rounds")
     return figure
 
 
-def _key(figure: Figure, axes: Axes, offset: float, colour: str, text: str) -> None:
+def _key(axes: Axes, offset: float, colour: str, text: str) -> None:
     """One entry of the row of keys above the panel, `offset` points from its left edge."""
-    box = axes.get_position()
-    width, height = box.width * WIDTH * POINTS, box.height * figure.get_figheight() * POINTS
+    width, height = _size(axes)
     y = 1 + (5 + TEXT / 2) / height
     x = offset / width
     axes.plot([x + 4 / width], [y], transform=axes.transAxes, marker="s", markersize=7, color=colour, clip_on=False)
@@ -519,143 +667,370 @@ def graph(
     ended: Mapping[str, str],
     scores: Mapping[str, float],
     score: str,
+    parts: Mapping[str, str] | None = None,
+    directed: bool = False,
 ) -> Figure:
-    """Who averages with whom. Colour: the final score where one is known, the number of neighbours otherwise.
+    """Who averages with whom; the edges of a `directed` graph are the way that vectors travel.
 
-    `ended` holds the nodes that did not finish, with the word for why ("killed"): they are hollow, dashed and red.
+    Colour: the final score where each node has one, else its part where each has one, else how many it hears if that
+    differs. `ended` holds the nodes that did not finish, with the word for why ("killed"): they are hollow, dashed and
+    red.
     """
-    network = nx.Graph()
-    network.add_nodes_from(nodes)
-    network.add_edges_from(edges)
-    names = list(network)
-    many = len(names) > NAMED_BARS
-    title = f"{_capital(_plain(name))}: {_count(len(names), 'node')}, {_count(network.number_of_edges(), 'link')}"
+    links = _links(nodes, edges, directed)
+    title = f"{_capital(_plain(name))}: {_count(len(nodes), 'node')}, "
+    title += _count(len(links), "one-way link" if directed else "link")
     if ended:
         shown = ", ".join(f"{_plain(n)} {_plain(why)}" for n, why in sorted(ended.items())[:3])
         title += f"; {shown}" + (f" and {len(ended) - 3} more" if len(ended) > 3 else "")
-
-    height = 5.6 if len(names) > COLOURED else 4.2  # inches
+    layout = _layout(len(nodes), links)
+    if layout.wraps:
+        title += "; open ends go on at the other side"
+    height = LARGE_MAP if len(nodes) > COLOURED else SMALL_MAP
     figure = _figure(TOP + height, title)
-    bar = 1.5  # inches at the right, for the colour bar
-    axes = figure.add_axes((0, 0, (WIDTH - bar) / WIDTH, height / (TOP + height)))
-    axes.axis("off")
-    box = np.array([WIDTH - bar, height]) * POINTS  # data units are points from here on
-    axes.set_xlim(0, box[0])
-    axes.set_ylim(0, box[1])
-
-    radius = float(np.clip(60 / math.sqrt(max(len(names), 1)), 4, 11))
-    margin = radius + (8 if many else 6 + ROW + 0.6 * max((_text_width(_plain(n)) for n in names), default=0.0))
-    places = _fit(_layout(network), box, margin, stretch=1.5 if len(names) > COLOURED else 1.0)
-    place = dict(zip(names, places, strict=True))
-    gone = np.array([n in ended for n in names], bool)
-    whole = [(place[a], place[b]) for a, b in network.edges if a not in ended and b not in ended]
-    broken = [(place[a], place[b]) for a, b in network.edges if a in ended or b in ended]
-    weight = 1.3 if len(network.edges) <= 100 else 0.6 if len(network.edges) <= 1000 else 0.25
-    # One path with gaps rather than a line an edge: 20,000 edges stay below 1 MB of SVG.
-    for segments, colour, style in ((whole, QUIET, "-"), (broken, ALARM, (0, (3, 3)))):
-        if segments:
-            path = np.array([(a, b, (math.nan, math.nan)) for a, b in segments]).reshape(-1, 2)
-            axes.plot(path[:, 0], path[:, 1], color=colour, linewidth=weight, linestyle=style, zorder=1)
-
-    degrees = dict(network.degree)
-    known = all(n in scores for n in names if n not in ended) and len(ended) < len(names)
-    values = [scores.get(n, math.nan) if known else float(degrees[n]) for n in names]
-    if names:
-        _draw_nodes(figure, axes, places, np.array(values), gone, radius, score if known else "number of neighbours")
-    if not many:
-        texts = [_plain(n) + (f" ({_plain(ended[n])})" if n in ended else "") for n in names]
-        sizes = np.array([(_text_width(text) + 4, ROW) for text in texts]).reshape(-1, 2)
-        centres = _place_labels(places, sizes, [*whole, *broken], radius, box)
-        for text, (x, y), red in zip(texts, centres, gone, strict=True):
-            backing = {"facecolor": SURFACE, "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
-            axes.text(
-                x, y, text, ha="center", va="center", fontsize=TEXT, color=ALARM if red else INK, bbox=backing, zorder=4
-            )
+    axes = _map_axes(figure, (0, 0, WIDTH - KEY_WIDTH, height))
+    ends = [ended.get(n) for n in nodes]
+    named = [_plain(name) for name in nodes] if len(nodes) <= NAMED_IN_FULL else _short_names(nodes)
+    texts = [text + (f" ({_plain(why)})" if why else "") for text, why in zip(named, ends, strict=True)]
+    gone = np.array([why is not None for why in ends], bool)
+    colours = _node_colours(figure, nodes, links, gone, scores, score, parts or {}, directed)
+    _draw_map(axes, layout, links, colours, gone, texts if len(nodes) <= NAMED_BARS else [], directed)
     return figure
 
 
-def _draw_nodes(
-    figure: Figure, axes: Axes, places: Floats, values: Floats, gone: NDArray[np.bool_], radius: float, meaning: str
-) -> None:
-    area = (2 * radius) ** 2
-    live = values[~gone]
-    x, y = places[~gone].T
-    span = (float(live.min()), float(live.max())) if len(live) else (0.0, 1.0)
-    # Equal values need no scale of colours: it would show differences that are not there.
-    if span[1] - span[0] > 1e-9:
-        colours = LinearSegmentedColormap.from_list("p2pfl", ["#f3e6a2", "#57a3a0", "#1f3b73"])  # light is least
-        norm = Normalize(*span)
-        axes.scatter(x, y, area, live, cmap=colours, norm=norm, edgecolors=INK, linewidths=0.7, zorder=3)
-        height = figure.get_figheight()
-        bar = figure.add_axes(((WIDTH - 1.15) / WIDTH, 0.25 * (height - TOP) / height, 0.13 / WIDTH, 0.45))
-        scale = figure.colorbar(ScalarMappable(norm, colours), cax=bar)
-        scale.outline.set_visible(False)
-        bar.tick_params(labelsize=TEXT, colors=MUTED, length=0)
-        accuracy = meaning == "accuracy"
-        if meaning == "number of neighbours":
-            bar.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        elif accuracy:
-            bar.yaxis.set_major_locator(MaxNLocator(5))
-            bar.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}"))
-        bar.set_title(_plain(meaning) + (", %" if accuracy else ""), fontsize=TEXT, color=MUTED, loc="right", pad=8)
-    elif len(live):
-        axes.scatter(x, y, area, SERIES[0], edgecolors=INK, linewidths=0.7, zorder=3)
-    if gone.any():
-        x, y = places[gone].T
-        axes.scatter(x, y, area, SURFACE, edgecolors=ALARM, linewidths=1.4, linestyles="dashed", zorder=3)
+def topology(rounds: Sequence[nx.Graph], name: str, period: int | None = 1) -> Figure:
+    """A topology before it runs: its one graph, or the graphs of its first rounds side by side, nodes in one place.
+
+    `rounds` are those to show, at most MAPS_SHOWN; all have the same nodes. `period`: the rounds after which the
+    graphs repeat; None where each is drawn anew. A node attribute "part" gives the colours.
+    """
+    first = rounds[0]
+    nodes = [str(node) for node in first]
+    found = {str(node): str(part) for node, part in first.nodes(data="part") if part is not None}
+    if period == 1:
+        return graph(
+            nodes,
+            [(str(a), str(b)) for a, b in first.edges],
+            name=name,
+            ended={},
+            scores={},
+            score="",
+            parts=found,
+            directed=first.is_directed(),
+        )
+    links = [_links(nodes, [(str(a), str(b)) for a, b in shown.edges], shown.is_directed()) for shown in rounds]
+    links = links[:MAPS_SHOWN]
+    title = f"{_capital(_plain(name))}: {_count(len(nodes), 'node')}, "
+    if period is None:
+        title += f"drawn anew for every round, {len(links)} of them shown"
+    else:
+        title += f"repeats after {period} rounds" + (f", the first {len(links)} shown" if period > len(links) else "")
+    columns = len(links) if len(links) <= 4 else math.ceil(len(links) / 2)
+    rows = math.ceil(len(links) / columns)
+    key = KEY_WIDTH if len(found) == len(nodes) else 0.0
+    width = (WIDTH - key) / columns
+    height = min(width, SMALL_MAP) + ROW / POINTS
+    figure = _figure(TOP + rows * height, title)
+    gone = np.zeros(len(nodes), bool)
+    short = _short_names(nodes)
+    fit = len(nodes) <= NAMED_IN_FULL and max(map(_text_width, short)) < 0.15 * width * POINTS
+    layout = _circle(len(nodes))  # where no edge passes through a third node
+    colours = _node_colours(figure, nodes, [], gone, {}, "", found, first.is_directed())
+    for index, shown in enumerate(links):
+        row, column = divmod(index, columns)
+        place = (column * width, (rows - 1 - row) * height, width, height - ROW / POINTS)
+        axes = _map_axes(figure, place)
+        axes.set_title(f"round {index + 1}", fontsize=TEXT, color=MUTED, pad=2)
+        _draw_map(axes, layout, shown, colours, gone, short if fit else [], first.is_directed())
+    return figure
 
 
-def _layout(network: nx.Graph) -> Floats:
-    """Places in any unit, one row a node; a pure function of the graph."""
-    count = len(network)
-    if count < 3 or count > SPRING_NODES or nx.density(network) > 0.6 or network.number_of_edges() == 0:
-        turn = [math.pi / 2 - 2 * math.pi * i / max(count, 1) for i in range(count)]  # clockwise from the top
-        return np.array([(math.cos(angle), math.sin(angle)) for angle in turn]).reshape(count, 2)
-    if count <= DISTANCE_NODES and nx.is_connected(network):
-        placed = nx.kamada_kawai_layout(network)  # distances in the picture follow distances in the graph
+def _links(nodes: Sequence[str], edges: Sequence[tuple[str, str]], directed: bool) -> list[tuple[int, int]]:
+    """The edges as pairs of numbers in the order of the nodes, each once; of an undirected graph the lower first."""
+    index = {name: i for i, name in enumerate(nodes)}
+    pairs = [(index[a], index[b]) for a, b in edges]
+    return sorted({(a, b) if directed or a < b else (b, a) for a, b in pairs})
+
+
+def _short_names(nodes: Sequence[str]) -> list[str]:
+    """The names without what they all begin with, if numbers are left: 3 for node-3."""
+    split = [re.fullmatch(r"(.*?)(\d+)", name) for name in nodes]
+    if None not in split and len({found[1] for found in split if found}) == 1:
+        return [found[2] for found in split if found]
+    return [_plain(name) for name in nodes]
+
+
+def _map_axes(figure: Figure, place: tuple[float, float, float, float]) -> Axes:
+    """Axes without a frame, whose units are points, at this (left, bottom, width, height) in inches."""
+    left, bottom, width, height = place
+    whole = figure.get_figheight()
+    axes = figure.add_axes((left / WIDTH, bottom / whole, width / WIDTH, height / whole))
+    axes.axis("off")
+    axes.set_xlim(0, width * POINTS)
+    axes.set_ylim(0, height * POINTS)
+    return axes
+
+
+# Where nodes lie ....................................................................................................
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The places of the nodes, in any unit, one row a node: a pure function of the graph."""
+
+    places: Floats
+    stretch: float = 1.5  # how much wider than high it may be drawn
+    wraps: Mapping[tuple[int, int], int] = field(default_factory=dict)  # edges that leave at one side and come back at
+    # the other → the steps from side to side
+
+
+def _layout(count: int, links: Sequence[tuple[int, int]]) -> _Layout:
+    """A form in which the graph is recognised: its own, where the numbering shows it, or one that follows distances."""
+    both = {*links, *((b, a) for a, b in links)}
+    shifted = {((a + 1) % count, (b + 1) % count) for a, b in both}
+    around = all((b - a) % count in (1, count - 1) for a, b in both)  # ring and path
+    dense = len(both) > 0.6 * count * (count - 1)
+    if count < 3 or count > SPRING_NODES or not both or around or dense or shifted == both:
+        return _circle(count)
+    network = nx.empty_graph(count)
+    network.add_edges_from(links)
+    connected = nx.is_connected(network)
+    lattice = _lattice(count, both)
+    if lattice is not None:
+        return lattice
+    if connected and len(both) == 2 * (count - 1):
+        return _tree(network)
+    if connected and count <= DISTANCE_NODES:
+        placed = nx.kamada_kawai_layout(network, pos=_cube(count, both))  # distances there follow distances here
     else:
         placed = nx.spring_layout(network, seed=0)
-    return np.array([placed[node] for node in network], float).reshape(count, 2)
+    return _Layout(np.array([placed[node] for node in range(count)], float))
 
 
-def _fit(places: Floats, box: Floats, margin: float, stretch: float) -> Floats:
-    """Scale and move the places into the box, `margin` points from its edges; x up to `stretch` times more than y."""
+def _circle(count: int) -> _Layout:
+    """Clockwise from the top."""
+    turn = math.pi / 2 - 2 * math.pi * np.arange(count) / max(count, 1)
+    return _Layout(np.stack([np.cos(turn), np.sin(turn)], axis=1), stretch=1.0)
+
+
+def _lattice(count: int, both: Set[tuple[int, int]]) -> _Layout | None:
+    """Rows and columns, for a grid or a torus that is numbered row by row."""
+    for columns in (c for c in range(2, count // 2 + 1) if count % c == 0):
+        rows = count // columns
+        wraps: dict[tuple[int, int], int] = {}
+        for a, b in both:
+            down, right = abs(a // columns - b // columns), abs(a % columns - b % columns)
+            step, side = max(down, right), rows if down else columns
+            if (down and right) or step not in (1, side - 1):
+                break
+            if step > 1:
+                wraps[a, b] = step
+        else:
+            if len(both) - len(wraps) == 2 * (rows * (columns - 1) + columns * (rows - 1)):
+                down_by, right_by = np.divmod(np.arange(count, dtype=float), columns)
+                across, down_by = (right_by, down_by) if columns >= rows else (down_by, right_by)  # the long side lies
+                return _Layout(np.stack([across, -down_by], axis=1), wraps=wraps)
+    return None
+
+
+def _cube(count: int, both: Set[tuple[int, int]]) -> dict[int, tuple[float, float]] | None:
+    """The shadow of a hypercube, as a place to start from; its numbering in binary is where the corners lie."""
+    dimensions = count.bit_length() - 1
+    if len(both) != count * dimensions or any((a ^ b).bit_count() != 1 for a, b in both):
+        return None
+    turn = math.pi * (np.arange(dimensions) + 0.5) / dimensions
+    sides = np.stack([np.cos(turn), np.sin(turn)], axis=1) * (1 + 0.02 * np.arange(dimensions))[:, None]
+    corners = np.array([[number >> bit & 1 for bit in range(dimensions)] for number in range(count)])
+    return {number: (float(x), float(y)) for number, (x, y) in enumerate(corners @ sides)}
+
+
+def _tree(network: nx.Graph) -> _Layout:
+    """Circles around the middle of the tree; every branch has a sector that is as wide as it has leaves."""
+    root = min(nx.center(network), key=lambda node: (-network.degree(node), node))
+    children: dict[int, list[int]] = {node: [] for node in network}
+    for parent, child in nx.bfs_edges(network, root, sort_neighbors=sorted):
+        children[parent].append(child)
+    leaves: dict[int, int] = {}
+    for node in nx.dfs_postorder_nodes(network, root):
+        leaves[node] = sum(leaves[child] for child in children[node]) or 1
+    places = np.zeros((len(network), 2))
+    sectors = [(root, 0, 0.0, float(leaves[root]))]
+    while sectors:
+        node, depth, begin, end = sectors.pop()
+        turn = math.pi / 2 - math.pi * (begin + end) / leaves[root]
+        places[node] = depth * math.cos(turn), depth * math.sin(turn)
+        for child in children[node]:
+            sectors.append((child, depth + 1, begin, begin + leaves[child]))
+            begin += leaves[child]
+    return _Layout(places, stretch=1.3)
+
+
+def _fit(layout: _Layout, box: Floats, margin: float) -> Floats:
+    """Scale and move the places into the box, `margin` points from its edges."""
+    places = layout.places
     if len(places) == 0:
         return places
-    low, high = places.min(axis=0), places.max(axis=0)
+    stub = STUB if layout.wraps else 0.0
+    low, high = places.min(axis=0) - stub, places.max(axis=0) + stub
     room = np.maximum(box - 2 * margin, 1.0)
     scale = room / np.maximum(high - low, 1e-9)
     if float(scale.min()) > 1e6:  # a single place
         scale = np.zeros(2)
     least = float(scale.min())
-    fitted: Floats = box / 2 + (places - (low + high) / 2) * np.minimum(scale, [stretch * least, least])
+    fitted: Floats = box / 2 + (places - (low + high) / 2) * np.minimum(scale, [layout.stretch * least, least])
     return fitted
+
+
+# What is drawn ......................................................................................................
+
+
+def _draw_map(
+    axes: Axes,
+    layout: _Layout,
+    links: Sequence[tuple[int, int]],
+    colours: Sequence[Colour],
+    gone: NDArray[np.bool_],
+    texts: Sequence[str],
+    directed: bool,
+) -> None:
+    """Edges, nodes and, where there are `texts`, names."""
+    box, count = np.array(_size(axes)), len(colours)
+    radius = float(np.clip(60 / math.sqrt(max(count, 1)) * box.min() / (LARGE_MAP * POINTS), 4, 11))
+    room = 6 + ROW + 0.6 * max(map(_text_width, texts)) if texts else 8.0
+    places = _fit(layout, box, radius + room)
+    radius = min(radius, _room_for_nodes(places))
+    live: list[tuple[Floats, Floats]] = []
+    broken: list[tuple[Floats, Floats]] = []
+    heads: list[Floats] = []
+    for a, b in links:
+        start, end = places[a], places[b]
+        way = (end - start) / max(float(np.hypot(*(end - start))), 1e-9)
+        lines = [(start, end)]
+        if (a, b) in layout.wraps:  # two stubs, away from each other
+            stub = (end - start) / layout.wraps[a, b] * STUB
+            lines, way = [(start, start - stub), (end, end + stub)], -way
+        (broken if gone[a] or gone[b] else live).extend(lines)
+        side, foot = np.array([-way[1], way[0]]), end - way * (radius + HEAD)
+        heads.append(np.array([end - way * radius, foot + 0.4 * HEAD * side, foot - 0.4 * HEAD * side]))
+    weight = 1.3 if len(links) <= 100 else 0.6 if len(links) <= 1000 else 0.25
+    # Paths with gaps rather than a line an edge: 20,000 edges stay below 1 MB of SVG.
+    for segments, colour, style in ((live, QUIET, "-"), (broken, ALARM, (0, (3, 3)))):
+        for begin in range(0, len(segments), EDGES_AT_ONCE):
+            some = segments[begin : begin + EDGES_AT_ONCE]
+            path = np.array([(a, b, (math.nan, math.nan)) for a, b in some]).reshape(-1, 2)
+            axes.plot(path[:, 0], path[:, 1], color=colour, linewidth=weight, linestyle=style, zorder=1)
+    if directed and count <= HEADED:
+        axes.add_collection(PolyCollection(heads, facecolors=MUTED, edgecolors="none", zorder=2))
+    area, rim = (2 * radius) ** 2, 0.7 if radius > 3 else 0.3
+    if not gone.all():
+        x, y = places[~gone].T
+        filled = [colour for colour, end in zip(colours, gone, strict=True) if not end]
+        axes.scatter(x, y, area, filled, edgecolors=INK, linewidths=rim, zorder=3)
+    if gone.any():
+        x, y = places[gone].T
+        axes.scatter(x, y, area, SURFACE, edgecolors=ALARM, linewidths=1.4, linestyles="dashed", zorder=3)
+    sizes = np.array([(_text_width(text) + 4, ROW) for text in texts]).reshape(-1, 2)
+    order = np.argsort(~gone, kind="stable") if texts else np.arange(0)  # who is gone chooses first
+    centres = _place_labels(places[order], sizes[order], [*live, *broken], radius, box)
+    for index, centre in zip(order, centres, strict=True):
+        if centre is None:
+            continue
+        backing = {"facecolor": SURFACE, "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
+        colour, (x, y) = ALARM if gone[index] else INK, centre
+        axes.text(x, y, texts[index], ha="center", va="center", fontsize=TEXT, color=colour, bbox=backing, zorder=4)
+
+
+def _room_for_nodes(places: Floats) -> float:
+    """A radius that leaves something to see of the edge between two neighbours; the closest few may touch."""
+    if len(places) < 2:
+        return math.inf
+    if len(places) > SPRING_NODES:
+        return LEAST_RADIUS
+    gaps = np.hypot(*(places[:, None] - places[None]).transpose(2, 0, 1))
+    np.fill_diagonal(gaps, math.inf)
+    return max(LEAST_RADIUS, 0.3 * float(np.quantile(gaps.min(axis=1), 0.02)))
+
+
+def _node_colours(
+    figure: Figure,
+    nodes: Sequence[str],
+    links: Sequence[tuple[int, int]],
+    gone: NDArray[np.bool_],
+    scores: Mapping[str, float],
+    score: str,
+    parts: Mapping[str, str],
+    directed: bool,
+) -> list[Colour]:
+    """The colour of each node, after drawing at the right edge what it means."""
+    height = figure.get_figheight() - TOP
+    live = [i for i, end in enumerate(gone) if not end]
+    meaning, values = score, [scores.get(name, math.nan) for name in nodes]
+    if not live or any(math.isnan(values[i]) for i in live):
+        if parts and all(name in parts for name in nodes):
+            return _part_colours(_map_axes(figure, (WIDTH - KEY_WIDTH, 0, KEY_WIDTH, height)), nodes, parts)
+        heard = Counter(b for _, b in links) if directed else Counter(i for link in links for i in link)
+        meaning = "hears from" if directed else "number of neighbours"
+        values = [float(heard[i]) for i in range(len(nodes))]
+    span = (min(values[i] for i in live), max(values[i] for i in live)) if live else (0.0, 0.0)
+    if span[1] - span[0] <= 1e-9:  # equal values need no scale: it would show differences that are not there
+        return [SERIES[0]] * len(nodes)
+    scale = ScalarMappable(Normalize(*span), LinearSegmentedColormap.from_list("p2pfl", SCALE))
+    left, whole = WIDTH - KEY_WIDTH + 0.1, figure.get_figheight()
+    bar = figure.add_axes((left / WIDTH, 0.25 * height / whole, 0.13 / WIDTH, 0.5 * height / whole))
+    key = figure.colorbar(scale, cax=bar)
+    key.outline.set_visible(False)
+    bar.tick_params(labelsize=TEXT, colors=MUTED, length=0)
+    accuracy = meaning == "accuracy"
+    if meaning != score:
+        bar.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    elif accuracy:
+        bar.yaxis.set_major_locator(MaxNLocator(5))
+        bar.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}"))
+    title = _plain(meaning) + (", %" if accuracy else "")
+    bar.set_title(title, fontsize=TEXT, color=MUTED, loc="left", pad=8)
+    return [(r, g, b, a) for r, g, b, a in scale.to_rgba(np.array(values)).tolist()]
+
+
+def _part_colours(axes: Axes, nodes: Sequence[str], parts: Mapping[str, str]) -> list[Colour]:
+    """A colour for each part, and a key of them; of more parts than colours the key says only how many there are."""
+    names = list(dict.fromkeys(parts[name] for name in nodes))
+    colour = {name: SERIES[i % len(SERIES)] for i, name in enumerate(names)}
+    height = _size(axes)[1]
+    shown = names if len(names) <= len(SERIES) else []
+    top = height / 2 + (len(shown) + 1) * ROW / 2
+    title = "part" if shown else f"{len(names)} parts"
+    axes.text(4, top, title, fontsize=TEXT, color=MUTED, va="center")
+    for row, name in enumerate(shown, start=1):
+        axes.plot([8], [top - 1.1 * row * ROW], marker="o", markersize=7, color=colour[name], mec=INK, mew=0.7)
+        axes.text(17, top - 1.1 * row * ROW, _plain(name, 16), fontsize=TEXT, color=INK, va="center")
+    return [colour[parts[name]] for name in nodes]
 
 
 def _place_labels(
     places: Floats, sizes: Floats, segments: Sequence[tuple[Floats, Floats]], radius: float, box: Floats
-) -> list[Floats]:
-    """The centre of each node's label: of the places around the node the one that covers least of anything else."""
-    steps = np.linspace(0, 1, 40)[:, None]
+) -> list[Floats | None]:
+    """The centre of each node's label: of the places around the node the one that covers least of anything else.
+
+    None for a label that would cover a node or one of the labels before it, or be cut, wherever it stands.
+    """
+    steps = np.linspace(0, 1, int(np.clip(SAMPLES / max(len(segments), 1), 3, 40)))[:, None]
     along = np.concatenate([a + steps * (b - a) for a, b in segments]) if segments else np.zeros((0, 2))
-    middle = places.mean(axis=0) if len(places) else np.zeros(2)
-    centres: list[Floats] = []
-    for place, size in zip(places, sizes, strict=True):
-        best, least = place, math.inf
-        for distance in (radius + 3, radius + 14):
-            for turn in range(16):
-                way = np.array([math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)])
-                centre = place + way * distance + np.round(way) * size / 2  # its nearest corner, or middle of a side
-                outward = way @ (place - middle) / (1 + np.linalg.norm(place - middle))
-                cost = 0.06 * distance - 0.02 * float(outward)
-                cost += 100 * float(np.any((centre - size / 2 < 0) | (centre + size / 2 > box)))
-                for other, extent in zip(centres, sizes, strict=False):
-                    cost += 30 * float(np.all(np.abs(centre - other) < (size + extent) / 2))
-                cost += 10 * float(np.sum(np.all(np.abs(places - centre) < size / 2 + radius, axis=1)))
-                cost += 0.2 * float(np.sum(np.all(np.abs(along - centre) < size / 2, axis=1)))
-                if cost < least:
-                    best, least = centre, cost
-        centres.append(best)
+    turns = np.arange(16) * math.pi / 8
+    ways = np.tile(np.stack([np.cos(turns), np.sin(turns)], axis=1), (3, 1))
+    distances = np.repeat(radius + np.array([3, 14, 26]), len(turns))
+    outward = places - (places.mean(axis=0) if len(places) else 0.0)
+    centres: list[Floats | None] = []
+    for place, size, out in zip(places, sizes, outward, strict=True):
+        tried = place + ways * distances[:, None] + np.round(ways) * size / 2  # nearest: a corner, or a side's middle
+        gaps = np.maximum(np.abs(places - tried[:, None]) - size / 2, 0)
+        hidden = np.any(np.hypot(gaps[..., 0], gaps[..., 1]) < radius + 1, axis=1)
+        hidden |= np.any((tried - size / 2 < 0) | (tried + size / 2 > box), axis=1)
+        for other, extent in zip(centres, sizes, strict=False):
+            if other is not None:
+                hidden |= np.all(np.abs(tried - other) < (size + extent) / 2, axis=1)
+        crossed = np.sum(np.all(np.abs(along - tried[:, None]) < size / 2, axis=2), axis=1)
+        cost = 0.06 * distances + 0.2 * crossed - 0.02 * (ways @ out) / (1 + np.hypot(*out))
+        best = int(np.argmin(np.where(hidden, math.inf, cost)))
+        centres.append(None if hidden[best] else tried[best])
     return centres
 
 
@@ -782,6 +1157,13 @@ def _figure(height: float, title: str) -> Figure:
     size = TITLE * min(1.0, 0.95 * WIDTH * POINTS / max(1.0, TITLE / TEXT * _text_width(title, bold=True)))
     figure.text(0.015, 1 - 0.12 / height, title, fontsize=size, fontweight="bold", color=INK, va="top")
     return figure
+
+
+def _size(axes: Axes) -> tuple[float, float]:
+    """Width and height of a panel, in points."""
+    box, figure = axes.get_position(), axes.get_figure(root=True)
+    assert figure is not None
+    return box.width * WIDTH * POINTS, box.height * figure.get_figheight() * POINTS
 
 
 def _small(figure: Figure, left: float, down: float, text: str) -> None:

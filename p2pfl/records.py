@@ -329,14 +329,16 @@ def summarise(
     rejected: Mapping[str, int],
     sent: int,
     received: int,
+    contraction: Mapping[str, Json],
     topology: Mapping[str, Json],
 ) -> Line:
     """summary.json: how the run went, from the last line of metrics of each node.
 
     `seconds` of wall clock; `sent` and `received` bytes over all nodes and rounds; `mean_model` the scores of the mean
-    of the finished nodes' models; `consensus_distance` the root mean square L2 distance of their vectors to their
-    mean; `topology` the facts that `p2pfl topology --json` prints. "metrics" has every score after mixing, over the
-    finished nodes; one that diverged makes it null, for a mean of the others would hide it.
+    of the finished nodes' models; `consensus_distance` the root mean square L2 distance of their vectors to their mean;
+    `contraction` what averaging did beside what the graph implies; `topology` the facts that `p2pfl topology --json`
+    prints. "metrics" has every score after mixing, over the finished nodes; one that diverged makes it null, for a mean
+    of the others would hide it.
     """
     scores = [inside(last_metrics[name], "mixed") for name in finished if name in last_metrics]
     columns: dict[str, list[Json]] = {}
@@ -356,6 +358,7 @@ def summarise(
         "bytes": {"sent": sent, "received": received},
         "rejected": dict(sorted(rejected.items())),
         "epsilon": None,
+        "contraction": dict(contraction),
         "topology": dict(topology),
     }
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from p2pfl import config, plots
+from p2pfl.analysis import Comparison, compare_contraction
 from p2pfl.messages import BadInput, printable
 from p2pfl.plots import Mark, Trace, show, show_bytes, show_seconds
 from p2pfl.records import Json, Line, count_rejected, inside, is_number, number, open_run, read_json, words, write_text
@@ -87,6 +88,13 @@ class History:
         """How many rounds the longest-running node completed."""
         return max((_round(node.rounds[-1]) + 1 for node in self.nodes if node.lines), default=0)
 
+    @cached_property
+    def contraction(self) -> Comparison | None:
+        """What one mixing did, beside what the graph promises; None where no round tells."""
+        lines = {node.name: node.lines for node in self.nodes}
+        found = compare_contraction(lines, _masses(self.topology), self.graph)
+        return found if found["measured"] is not None else None
+
     def last(self, node: NodeHistory, *keys: str) -> float | None:
         """A number of the node's last round."""
         return number(node.rounds[-1], *keys) if node.lines else None
@@ -107,7 +115,7 @@ def read_history(path: Path, label: str) -> History:
         events = [event for event in records.read_events() if isinstance(event.get("event"), str)]
         nodes.append(NodeHistory(name, tuple(lines), tuple(events)))
         damaged += records.damaged
-    summary, topology = read_json(run.summary), read_json(run.topology)
+    summary, topology, experiment = read_json(run.summary), read_json(run.topology), _experiment(run.experiment)
     toml = run.experiment.read_text("utf-8", errors="replace") if run.experiment.is_file() else ""
     begins = [_time(node.lines[0]) - (number(node.lines[0], "seconds", "total") or 0.0) for node in nodes if node.lines]
     return History(
@@ -115,9 +123,9 @@ def read_history(path: Path, label: str) -> History:
         nodes=tuple(nodes),
         summary=summary,
         topology=topology,
-        graph=dict(_mapping(summary, "topology")) or _implied(topology),
+        graph=dict(_mapping(summary, "topology")) or _implied(experiment, topology),
         toml=toml,
-        ended=_ended(nodes, summary, _condemned(run.experiment)),
+        ended=_ended(nodes, summary, _condemned(experiment)),
         damaged=damaged,
         start=min(begins, default=0.0),
     )
@@ -145,28 +153,40 @@ def _ended(nodes: Sequence[NodeHistory], summary: Line, condemned: set[str]) -> 
     return {name: "killed" if name in condemned else why for name, why in reasons.items()}
 
 
-def _condemned(experiment: Path) -> set[str]:
-    """The nodes that the experiment itself meant to kill; none where it cannot be read (another version wrote it)."""
+def _experiment(path: Path) -> config.Experiment | None:
+    """The experiment of the run; None where it cannot be read (another version wrote it)."""
     try:
-        read = config.load(experiment)
+        return config.load(path)
     except BadInput:
+        return None
+
+
+def _condemned(experiment: config.Experiment | None) -> set[str]:
+    """The nodes that the experiment itself meant to kill."""
+    if experiment is None:
         return set()
-    return {name for name in read.topology.names if read.fault_for(name) is not None}
+    return {name for name in experiment.topology.names if experiment.fault_for(name) is not None}
 
 
-def _implied(topology: Line) -> Line:
-    """What the graph implies, for a run without a summary; empty where the file does not say enough."""
-    names, edges = _graph(topology)
-    masses = {str(node["id"]): number(node, "mass") or 1.0 for node in _mappings(topology, "nodes") if "id" in node}
-    drawn: config.Toml = [[a, b] for a, b in edges]
-    section: dict[str, config.Toml] = {"nodes": list(names), **({"edges": drawn} if edges else {"graph": "empty"})}
+def _implied(experiment: config.Experiment | None, topology: Line) -> Line:
+    """What the graph implies, for a run without a summary; empty where its files do not say enough."""
     try:
-        drawn_again = build(config.validate({"topology": section}, "topology.json").topology, seed=0)
+        if experiment is not None and experiment.topology.is_drawn:
+            built, weights = build(experiment.topology, experiment.seed), experiment.topology.weighting
+        elif _is_directed(topology) or _period(topology) != 1:
+            return {}
+        else:
+            names, edges = _graph(topology)
+            drawn: config.Toml = [[a, b] for a, b in edges]
+            section: dict[str, config.Toml] = {
+                "nodes": list(names),
+                **({"edges": drawn} if edges else {"graph": "empty"}),
+            }
+            built, weights = build(config.validate({"topology": section}, "topology.json").topology, seed=0), "samples"
+        masses = dict.fromkeys(built.names, 1.0) | _masses(topology)
+        facts = implied(built, weights, masses) | {"name": str(inside(topology, "graph", "name") or built.name)}
     except BadInput:
         return {}
-    if min(masses.values()) <= 0:
-        return {}
-    facts = implied(drawn_again, "samples", masses) | {"name": str(inside(topology, "graph", "name") or "graph")}
     return dict(facts)  # type: ignore[arg-type]  # a TypedDict; its values are all JSON
 
 
@@ -177,6 +197,28 @@ def _graph(topology: Line) -> tuple[list[str], list[tuple[str, str]]]:
     edges = [(str(link.get("source")), str(link.get("target"))) for link in links]
     known = set(names)
     return names, [(a, b) for a, b in edges if a in known and b in known and a != b]
+
+
+def _masses(topology: Line) -> dict[str, float]:
+    """How much each node counts, as far as the node-link form says."""
+    masses = {str(node["id"]): number(node, "mass") for node in _mappings(topology, "nodes") if "id" in node}
+    return {name: mass for name, mass in masses.items() if mass is not None and mass > 0}
+
+
+def _parts(topology: Line) -> dict[str, str]:
+    """The group that each node belongs to, of those that have one."""
+    nodes = _mappings(topology, "nodes")
+    return {str(node["id"]): str(node["part"]) for node in nodes if "id" in node and node.get("part") is not None}
+
+
+def _is_directed(topology: Line) -> bool:
+    return topology.get("directed") is True
+
+
+def _period(topology: Line) -> int | None:
+    """The rounds after which the graph repeats: 1 where it stays as it is, None where it is drawn anew."""
+    period = inside(topology, "graph", "period") if "period" in _mapping(topology, "graph") else 1
+    return int(period) if is_number(period) else None
 
 
 def _mapping(line: Mapping[str, Json], key: str) -> Mapping[str, Json]:
@@ -229,8 +271,18 @@ def pictures(history: History) -> list[Picture]:
             ended={name: why for name, why in history.ended.items() if name in names},
             scores={name: value for name, value in finals.items() if value is not None},
             score=best,
+            parts=_parts(history.topology),
+            directed=_is_directed(history.topology),
         )
-        caption = "A line joins two nodes that average with each other. Red and dashed: gone before the end."
+        period = _period(history.topology)
+        caption = "A line joins two nodes that average with each other"
+        if period is None:
+            caption += " in some round: the graph is drawn anew for each"
+        elif period > 1:
+            caption += f" in one of the {period} rounds after which the graph repeats"
+        elif _is_directed(history.topology):
+            caption = "An arrow is the way that a model travels"
+        caption += ". Red and dashed: gone before the end."
         found.append(Picture("graph", figure, caption))
     traces = [_trace(history, node, "consensus") for node in history.nodes if node.lines]
     traces = [Trace(t.name, {"round": t.along["round"]}, t.values, t.goes_on) for t in traces]
@@ -240,7 +292,11 @@ def pictures(history: History) -> list[Picture]:
         caption += " Dashed: what averaging alone would do on this graph. The curves level off where training pulls"
         caption += " apart as fast as averaging pulls together."
     elif lambda2 == 0:
-        caption += " On this graph one averaging makes all models equal: what is left is one round of training."
+        rounds = number(history.graph, "period") or 1
+        often = "one averaging makes" if rounds == 1 else f"{rounds:.0f} averagings, one after the other, make"
+        caption += f" On this graph {often} all models equal: what is left is training."
+    if history.contraction is not None:
+        caption += f" {history.contraction['says']}"
     if any(value > 0 for trace in traces for value in trace.values):  # a node alone has nobody to be apart from
         found.append(Picture("consensus", plots.consensus(traces, marks, lambda2), caption))
     active = [node for node in history.nodes if node.lines]
@@ -407,6 +463,11 @@ def _facts(history: History) -> list[tuple[str, str]]:
     distance = number(summary, "consensus_distance")
     if distance is not None:
         facts.append(("distance to the mean model (root mean square)", f"{distance:.3g}"))
+    if history.contraction is not None:
+        found = history.contraction
+        shares = (found["measured"], found["typical"], found["predicted"])
+        measured, typical, worst = (NONE if share is None else f"{share:.3g}" for share in shares)
+        facts.append(("one mixing leaves of the disagreement", f"{measured} (typical {typical}, lambda2 {worst})"))
     sent, received = (math.fsum(node.total("bytes", way) for node in history.nodes) for way in ("sent", "received"))
     facts += [("sent", show_bytes(sent)), ("received", show_bytes(received))]
     rejected = _rejected(history)

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from p2pfl import topology
-from p2pfl.analysis import consensus_distance
+from p2pfl.analysis import compare_contraction, consensus_distance
 from p2pfl.config import Experiment, to_toml
 from p2pfl.data import load_part
 from p2pfl.identity import Identity, Member, Roster
@@ -317,7 +317,9 @@ def _conclude(
     seconds: float,
 ) -> Outcome:
     finished = [child.name for child in children if child.outcome is not None and child.outcome["finished"]]
-    scores, distance = mean_model_scores(experiment, run, finished)
+    scores, distance, parameters = mean_model_scores(experiment, run, finished)
+    facts = _json(implied(graph, experiment.topology.weighting, masses, parameters))
+    lines = {name: run.node(name).read_metrics() for name in graph.names}
     rejected: dict[str, int] = {}
     sent = received = 0
     for child in children:
@@ -337,7 +339,8 @@ def _conclude(
         rejected=dict(sorted(rejected.items())),
         sent=sent,
         received=received,
-        topology=_json(implied(graph, experiment.topology.weighting, masses)),
+        contraction=_json(compare_contraction(lines, masses, facts)),
+        topology=facts,
     )
     write_json(run.summary, summary)
     meant = {child.name for child in children if experiment.fault_for(child.name) is not None}
@@ -350,13 +353,16 @@ def flat_vector(tensors: Mapping[str, Tensor], schema: Schema) -> Tensor:
     return torch.cat([tensors[spec.name].to(torch.float32).flatten() for spec in schema.tensors])
 
 
-def mean_model_scores(experiment: Experiment, run: Run, finished: Sequence[str]) -> tuple[dict[str, float], float]:
+def mean_model_scores(
+    experiment: Experiment, run: Run, finished: Sequence[str]
+) -> tuple[dict[str, float], float, int | None]:
     """What the mean of the finished nodes' models reaches, on average over their test rows, and how far they are apart.
 
-    The second number is the root mean square L2 distance of the nodes' vectors to their mean.
+    The second number is the root mean square L2 distance of the nodes' vectors to their mean, the third the number of
+    parameters; None if nobody finished.
     """
     if not finished:
-        return {}, 0.0
+        return {}, 0.0, None
     names = experiment.topology.names
     learners = {name: make_learner(experiment, load_part(experiment, names.index(name)), name) for name in finished}
     vectors = [flat_vector(load_file(run.node(n).model), learner.schema) for n, learner in learners.items()]
@@ -366,7 +372,7 @@ def mean_model_scores(experiment: Experiment, run: Run, finished: Sequence[str])
         learner.vector.copy_(mean)
         for key, value in learner.evaluate().values.items():
             totals[key] = totals.get(key, 0.0) + value / len(finished)
-    return totals, consensus_distance(np.stack([vector.numpy() for vector in vectors]))
+    return totals, consensus_distance(np.stack([vector.numpy() for vector in vectors])), mean.numel()
 
 
 def _numbers(value: Json) -> dict[str, int]:

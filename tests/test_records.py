@@ -206,6 +206,7 @@ def summary(finished: list[str], mixed: dict[str, dict[str, float | None]]) -> d
         rejected={"stale": 2, "bad_signature": 1},
         sent=100,
         received=90,
+        contraction={"measured": 0.4, "predicted": 0.5},
         topology={"name": "ring", "lambda2": 0.5},
     )
 
@@ -224,6 +225,7 @@ def test_the_summary_is_the_one_of_the_contract() -> None:
         "bytes": {"sent": 100, "received": 90},
         "rejected": {"bad_signature": 1, "stale": 2},
         "epsilon": None,
+        "contraction": {"measured": 0.4, "predicted": 0.5},
         "topology": {"name": "ring", "lambda2": 0.5},
     }
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import networkx as nx
 import numpy as np
 import pytest
+from matplotlib.collections import PolyCollection
+from matplotlib.transforms import Bbox
 
 from p2pfl import plots
 from p2pfl.messages import BadInput
@@ -30,6 +32,7 @@ def write_run(
     killed: Mapping[str, int] | None = None,  # node → the rounds that it completed
     scores: Sequence[str] = ("accuracy", "loss"),
     finished: bool = True,
+    contraction: float | None = None,  # of one mixing; None: no probes are recorded, as before there were any
 ) -> Run:
     """A run whose curves are formulas: node i is i/1000 better than node 0."""
     run, killed = create_run(path), killed or {}
@@ -56,6 +59,10 @@ def write_run(
                 "seconds": parts,
                 "bytes": {"sent": 4_000_000 + 1000 * i, "received": 4_000_000},
             }
+            if contraction is not None:
+                middle = (len(names) - 1) / 2
+                probe = {"before": [float(i)], "after": [middle + contraction * (i - middle)]}
+                last[name] = {**last[name], "probe": probe}
             records.append_metrics(last[name])
         if name in killed:
             for peer in names[:2]:
@@ -81,6 +88,7 @@ def write_run(
             rejected={},
             sent=10,
             received=10,
+            contraction={},
             topology={"name": "ring", "lambda2": 0.75, "degree": {"min": 2, "mean": 2.0, "max": 2}},
         )
         write_json(run.summary, summary)
@@ -221,6 +229,62 @@ def test_a_run_that_goes_on_or_was_cut_off_is_shown_as_far_as_it_came(tmp_path: 
     assert "<td>running</td>" in page_of(run)
 
 
+RING = '[topology]\ngraph = "ring"\nnodes = 4\nweights = "lazy"\n'  # lambda2 = 2/3, and half of it is typical
+
+
+def test_what_mixing_did_stands_beside_what_the_graph_promises(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", node_names(4), finished=False, contraction=0.6)
+    write_text(run.experiment, RING)
+    history = read_history(run.path, "run")
+    assert history.graph["lambda2"] == pytest.approx(2 / 3)
+    assert history.contraction is not None
+    says = "As predicted: one mixing multiplied the disagreement by 0.6; "
+    assert history.contraction["says"].startswith(says)
+    consensus = next(picture for picture in pictures(history) if picture.name == "consensus")
+    assert says in consensus.caption
+    page = page_of(run)
+    assert says in page
+    assert "<dt>one mixing leaves of the disagreement</dt><dd>0.6 (typical 0.577, lambda2 0.667)</dd>" in page
+    slow = write_run(tmp_path / "slow", node_names(4), finished=False, contraction=0.9)
+    write_text(slow.experiment, RING)
+    assert "some node sends another vector than its own model" in page_of(slow)
+
+
+def test_a_run_of_an_older_version_says_nothing_about_mixing(ring: Run) -> None:
+    assert read_history(ring.path, "run").contraction is None
+    assert "one mixing" not in ring.report.read_text("utf-8")
+
+
+def test_only_masses_that_can_be_weigh_the_disagreement(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ["a", "b", "c"], rounds=1)
+    for name, before, after in (("a", 0.0, 1.0), ("b", 4.0, 3.0), ("c", 8.0, 8.0)):
+        run.node(name).metrics.unlink()
+        run.node(name).append_metrics({"t": START, "round": 0, "probe": {"before": [before], "after": [after]}})
+    for masses, expected in (([1, 1, 2], 38 / 44), ([1, 1, 1], 26 / 32), ([0, -3, "many"], 26 / 32)):
+        nodes: Json = [{"id": name, "mass": mass} for name, mass in zip("abc", masses, strict=True)]
+        write_json(run.topology, {"nodes": nodes, "edges": []})
+        contraction = read_history(run.path, "run").contraction
+        assert contraction is not None
+        assert contraction["measured"] == pytest.approx(math.sqrt(expected))
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        ({"graph": {"period": 1}}, "A line joins two nodes that average with each other. Red"),
+        ({"graph": {"period": 3}}, "in one of the 3 rounds after which the graph repeats. Red"),
+        ({"graph": {"period": None}}, "in some round: the graph is drawn anew for each. Red"),
+        ({"directed": True}, "An arrow is the way that a model travels. Red"),
+    ],
+)
+def test_the_picture_of_the_graph_says_what_its_lines_are(tmp_path: Path, form: Mapping[str, Json], says: str) -> None:
+    run = write_run(tmp_path / "run", ["a", "b", "c"], finished=False)
+    write_json(run.topology, {"nodes": [{"id": n} for n in "abc"], "edges": [{"source": "a", "target": "b"}], **form})
+    history = read_history(run.path, "run")
+    assert says in next(picture.caption for picture in pictures(history) if picture.name == "graph")
+    assert bool(history.graph) == (form == {"graph": {"period": 1}})  # of the others the file does not say enough
+
+
 def test_a_node_that_came_back_has_not_ended_and_a_finished_one_has_not_left(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", ["a", "b", "c"], finished=False)
     records = run.node("a")
@@ -321,15 +385,7 @@ def test_no_label_of_the_curves_is_cut_or_lies_on_another(count: int) -> None:
     traces = [trace(name, [0.1, 0.5, 0.9 + i / 5000], goes_on=i != 2) for i, name in enumerate(names)]
     marks = [Mark(name, f"{name} refused: bad_signature", i % 3, grave=i == 2) for i, name in enumerate(names[:5])]
     figure = plots.curves(traces, marks, "accuracy")
-    figure.canvas.draw()
-    boxes = [t.get_window_extent() for t in figure.texts]
-    boxes += [t.get_window_extent() for axes in figure.axes for t in axes.texts]
-    width, height = figure.bbox.width, figure.bbox.height
-    for i, box in enumerate(boxes):
-        assert box.x0 >= 0
-        assert box.x1 <= width
-        assert box.y1 <= height
-        assert not any(box.overlaps(other) for other in boxes[:i])
+    assert_apart(figure)
 
 
 def test_the_mean_is_named_and_a_node_that_ended_has_no_part_in_the_end() -> None:
@@ -367,15 +423,222 @@ def test_nan_and_infinite_scores_leave_a_gap_and_no_error() -> None:
     plots.svg(plots.consensus([], [], 0.5), "x")
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 12, 100])
+@pytest.mark.parametrize("count", [1, 2, 3, 12, 40, 100])
 def test_a_graph_of_any_size_is_drawn_with_names_up_to_forty(count: int) -> None:
     names = node_names(count)
     edges = list(pairwise([*names, names[0]] if count > 2 else names))
     figure = plots.graph(names, edges, name="ring", ended={names[0]: "killed"}, scores={}, score="accuracy")
     written = texts(figure)
-    assert (f"{names[0]} (killed)" in written) == (count <= 40)
+    assert (f"{names[0]} (killed)" in written) == (count <= 20)
     assert len(written) == (count if count <= 40 else 0)
     plots.svg(figure, "x")
+
+
+def numbered(graph: nx.Graph) -> nx.Graph:
+    """The graph over node-0, node-1 … in the order of its nodes."""
+    return nx.relabel_nodes(graph, dict(zip(graph, node_names(len(graph)), strict=True)))
+
+
+def grid(rows: int, columns: int, *, periodic: bool) -> nx.Graph:
+    return nx.grid_2d_graph(rows, columns, periodic=periodic)
+
+
+FAMILIES = {
+    "ring": nx.cycle_graph(12),
+    "complete": nx.complete_graph(40),
+    "star": nx.star_graph(19),
+    "path": nx.path_graph(9),
+    "grid": grid(4, 5, periodic=False),
+    "torus": grid(4, 4, periodic=True),
+    "hypercube": nx.Graph((i, i ^ 1 << bit) for i in range(32) for bit in range(5)),
+    "exponential-directed": nx.DiGraph((i, (i + step) % 12) for i in range(12) for step in (1, 2, 4, 8)),
+    "random-regular": nx.random_regular_graph(4, 16, seed=0),
+    "barabasi-albert": nx.barabasi_albert_graph(40, 2, seed=0),
+    "tree": nx.balanced_tree(2, 4),
+    "caveman": nx.connected_caveman_graph(4, 10),
+    "two": nx.disjoint_union(nx.complete_graph(5), nx.complete_graph(5)),
+    "empty": nx.empty_graph(5),
+}
+
+
+def boxes_of(figure: plots.Figure) -> list[Bbox]:
+    """Where the texts stand that are no numbers beside an axis."""
+    figure.canvas.draw()
+    found = list(figure.texts) + [t for axes in figure.axes for t in [*axes.texts, axes.title]]
+    return [text.get_window_extent() for text in found if text.get_text()]
+
+
+def assert_apart(figure: plots.Figure) -> None:
+    boxes = boxes_of(figure)
+    for i, box in enumerate(boxes):
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= figure.bbox.width
+        assert box.y1 <= figure.bbox.height
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_name_in_a_graph_is_cut_or_lies_on_a_node_or_on_another(family: str) -> None:
+    graph = numbered(FAMILIES[family])
+    figure = plots.topology([graph], family)
+    assert_apart(figure)
+    axes = figure.axes[0]
+    assert len(axes.texts) == len(graph)
+    circles = next(c for c in axes.collections if len(c.get_offsets()) == len(graph))
+    radius = math.sqrt(circles.get_sizes()[0]) / 2 * figure.dpi / 72  # pixels
+    for x, y in axes.transData.transform(circles.get_offsets()):
+        for text in axes.texts:
+            box = text.get_window_extent()
+            assert math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1)) > radius
+
+
+def test_names_that_find_no_place_are_left_out_but_not_of_who_is_gone() -> None:
+    names = [f"hospital {'abcdefghij'[i % 10]} of town {'abcdefghij'[i // 10]}" for i in range(40)]
+    edges = [(a, b) for i, a in enumerate(names) for b in names[:i] if i // 20 == names.index(b) // 20]
+    figure = plots.graph(names, edges, name="crowd", ended={names[-1]: "died"}, scores={}, score="")
+    assert_apart(figure)
+    assert 20 < len(figure.axes[0].texts) < 40
+    assert f"{names[-1]} (died)" in texts(figure)
+
+
+def places(figure: plots.Figure) -> np.ndarray:
+    return np.asarray(figure.axes[0].collections[-1].get_offsets())
+
+
+def test_a_graph_is_drawn_in_its_own_form() -> None:
+    circle = places(plots.topology([numbered(nx.cycle_graph(9))], "ring"))
+    assert np.ptp(np.hypot(*(circle - circle.mean(axis=0)).T)) < 1e-6
+    for periodic in (False, True):
+        figure = plots.topology([numbered(grid(3, 7, periodic=periodic))], "lattice")
+        lattice = places(figure)
+        assert [len(np.unique(np.round(side, 6))) for side in lattice.T] == [7, 3]
+        path = figure.axes[0].lines[0].get_xydata()
+        steps = np.diff(np.asarray(path), axis=0)
+        steps = steps[np.isfinite(steps).all(axis=1)]
+        assert np.all(np.min(np.abs(steps), axis=1) < 1e-6)  # along rows and columns, none across the picture
+        assert len(steps) == (2 * (3 + 7) + (3 * 6 + 2 * 7) if periodic else 3 * 6 + 2 * 7)
+        assert ("go on at the other side" in figure.texts[0].get_text()) == periodic
+    tree = places(plots.topology([numbered(nx.balanced_tree(3, 2))], "tree"))
+    distance = np.hypot(*((tree - tree[0]) / [1.3, 1]).T)
+    assert np.ptp(distance[1:4]) < 0.05 * distance[1]
+    assert np.ptp(distance[4:]) < 0.05 * distance[4]
+
+
+def test_arrows_point_to_who_hears_and_many_have_no_heads() -> None:
+    for count in (3, 64, 65):
+        figure = plots.topology([numbered(nx.cycle_graph(count, create_using=nx.DiGraph))], "one way")
+        assert "one-way link" in figure.texts[0].get_text()
+        heads = [c for c in figure.axes[0].collections if isinstance(c, PolyCollection)]
+        assert len(heads) == (count <= 64)
+        if heads:
+            dots = places(figure)
+            tips = np.array([path.vertices[0] for path in heads[0].get_paths()])
+            nearest = [int(np.argmin(np.hypot(*(dots - tip).T))) for tip in tips]
+            assert sorted(nearest) == list(range(count))
+            origin = np.array([path.vertices[1:3].mean(axis=0) for path in heads[0].get_paths()])
+            sources = dots[[(target - 1) % count for target in nearest]]
+            assert np.all(np.hypot(*(sources - origin).T) < np.hypot(*(sources - tips).T))
+
+
+def colours_of(figure: plots.Figure) -> list[tuple[float, ...]]:
+    return [tuple(colour) for colour in figure.axes[0].collections[-1].get_facecolors()]
+
+
+def test_parts_have_colours_then_degrees_and_equal_nodes_one() -> None:
+    cliques = numbered(nx.connected_caveman_graph(3, 4))
+    nx.set_node_attributes(cliques, {name: f"clinic {i // 4}" for i, name in enumerate(cliques)}, "part")
+    figure = plots.topology([cliques], "caveman")
+    colours = colours_of(figure)
+    assert [colours.index(colour) for colour in colours] == [0] * 4 + [4] * 4 + [8] * 4
+    assert {"part", "clinic 0", "clinic 1", "clinic 2"} <= set(texts(figure))
+    star = plots.topology([numbered(nx.star_graph(4))], "star")
+    assert len(set(colours_of(star))) == 2
+    assert "number of neighbours" in [axes.get_title(loc="left") for axes in star.axes]
+    assert len(set(colours_of(plots.topology([numbered(nx.cycle_graph(5))], "ring")))) == 1
+    scored = plots.graph(
+        list(cliques),
+        list(cliques.edges),
+        name="caveman",
+        ended={},
+        scores={name: i / 12 for i, name in enumerate(cliques)},
+        score="accuracy",
+        parts=dict.fromkeys(cliques, "one"),
+    )
+    assert len(set(colours_of(scored))) == 12
+
+
+@pytest.mark.parametrize(
+    ("count", "period", "panels", "says"),
+    [(3, 3, 3, "repeats after 3 rounds"), (12, 12, 8, "the first 8 shown"), (4, None, 4, "drawn anew for every round")],
+)
+def test_a_graph_that_changes_is_drawn_round_by_round_with_the_nodes_in_one_place(
+    count: int, period: int | None, panels: int, says: str
+) -> None:
+    rounds = [
+        numbered(nx.DiGraph((i, (i + step) % 10) for i in range(10))) for step in range(1, count + 1) if step % 10
+    ]
+    figure = plots.topology(rounds, "shift", period)
+    assert says in figure.texts[0].get_text()
+    assert [axes.get_title() for axes in figure.axes[:panels]] == [f"round {i + 1}" for i in range(panels)]
+    dots = [np.asarray(axes.collections[-1].get_offsets()) for axes in figure.axes[:panels]]
+    assert all(np.allclose(some, dots[0]) for some in dots)
+    assert texts(figure)[:10] == list("0123456789")
+    assert_apart(figure)
+    plots.svg(figure, "x")
+
+
+# -- Several at once -------------------------------------------------------------------------------------------------
+
+
+def test_21_runs_can_be_told_apart() -> None:
+    names = [f"exponential-directed-{i:02}" for i in range(21)]
+    figure = plots.compare([trace(name, [0.1, 0.5, 0.9 + i / 5000]) for i, name in enumerate(names)], "accuracy")
+    assert_apart(figure)
+    assert len(texts(figure)) == 21
+    curves = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 3]
+    assert len({(line.get_color(), line._unscaled_dash_pattern) for line in curves}) == 21  # type: ignore[attr-defined]
+
+
+def test_topologies_are_compared_until_they_agree() -> None:
+    curves = {
+        "at once": ([1.0, 0.0], 15.0),
+        "halves": ([0.5**t for t in range(40)], 2.0),
+        "slow": ([0.9**t for t in range(41)], 1.0),
+        "alone": ([1.0] * 41, 0.0),
+    }
+    figure = plots.compare_topologies(curves)
+    by_rounds, by_vectors = figure.axes
+    assert [axes.get_xlabel() for axes in figure.axes] == ["rounds", "vectors that a node has sent"]
+    assert {t.get_text() for t in by_rounds.texts} == {"at once  1", "halves  20", "slow  0.015", "alone  1"}
+    assert {t.get_text() for t in by_vectors.texts} == {"at once  15", "halves  40", "slow  0.015", "alone  1"}
+    assert "2 of 4 topologies agree to 1e-06" in figure.texts[0].get_text()
+    assert by_rounds.get_ylim()[0] == 1e-6
+    with_bytes = plots.compare_topologies(curves, parameters=1000)
+    assert with_bytes.axes[1].get_xlabel() == "kB that a node has sent"
+    assert "halves  160" in [t.get_text() for t in with_bytes.axes[1].texts]
+    for figure in (plots.compare_topologies({}), plots.compare_topologies({"lonely": ([0.0], 0.0)})):
+        plots.svg(figure, "x")
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_the_names_of_21_topologies_hang_clear_of_each_other(steps: int) -> None:
+    left = [[0.1 ** ((1 + 0.01 * i) * t / (1 + steps)) for t in range(14)] for i in range(21)]
+    curves = {f"exponential-directed-{i}": (left[i], 1.0 + i) for i in range(21)}
+    figure = plots.compare_topologies(curves)
+    figure.canvas.draw()
+    for axes in figure.axes:
+        hung = [text for text in axes.texts if text.get_rotation() == 315]
+        assert len(hung) == (21 if steps == 0 else 15)
+        anchors = sorted(axes.transAxes.transform(text.get_position())[0] for text in hung)
+        lines = max(text.get_fontsize() for text in hung) * figure.dpi / 72
+        assert min(np.diff(anchors)) * math.sin(math.pi / 4) > lines
+        for text in axes.texts:
+            box = text.get_window_extent()
+            assert box.y0 >= 0
+            assert box.x1 <= figure.bbox.width
+        others = [text.get_window_extent() for text in axes.texts if text.get_rotation() == 0]
+        assert not any(a.overlaps(b) for i, a in enumerate(others) for b in others[:i])
 
 
 def test_pictures_have_the_names_of_the_contract(tmp_path: Path) -> None:
@@ -390,7 +653,7 @@ def test_pictures_of_200_nodes_stay_small() -> None:
     figure = plots.curves(
         [trace(name, [math.sin(i * (7 + k)) for i in range(500)]) for k, name in enumerate(names)], [], "loss"
     )
-    assert len(plots.svg(figure, "x")) < 700_000
+    assert len(plots.svg(figure, "x")) < 750_000
     edges = [(a, b) for i, a in enumerate(names) for b in names[:i]]
     figure = plots.graph(names, edges, name="complete", ended={}, scores={}, score="loss")
-    assert len(plots.svg(figure, "x")) < 700_000
+    assert len(plots.svg(figure, "x")) < 750_000
