@@ -513,8 +513,6 @@ def _implied_by(chosen: _Chosen) -> Implied:
 
 
 def _show_topology(chosen: _Chosen, plot: Path | None, out: Path | None, as_json: bool) -> None:
-    from p2pfl.plots import MAPS_SHOWN, png
-    from p2pfl.plots import topology as picture
     from p2pfl.topology import with_weights
     from p2pfl.topology.files import write
 
@@ -522,9 +520,7 @@ def _show_topology(chosen: _Chosen, plot: Path | None, out: Path | None, as_json
     if out is not None:
         write(with_weights(chosen.topology, chosen.weights, chosen.masses, chosen.named), out)
     if plot is not None:
-        shown = range(min(chosen.topology.period or DRAWN_SHOWN, MAPS_SHOWN))
-        rounds = [chosen.topology.at(round) for round in shown]
-        _save(picture(rounds, chosen.topology.name, chosen.topology.period), plot, png)
+        _draw_topology(chosen.topology, plot)
     if as_json:
         _print_json(json.loads(json.dumps(facts)))
         return
@@ -535,6 +531,14 @@ def _show_topology(chosen: _Chosen, plot: Path | None, out: Path | None, as_json
     console.print(table)
     for warning in facts["warnings"]:
         console.print(f"note: {warning}", highlight=False, soft_wrap=True)
+
+
+def _draw_topology(topology: Topology, path: Path) -> None:
+    from p2pfl.plots import MAPS_SHOWN, png
+    from p2pfl.plots import topology as picture
+
+    shown = range(min(topology.period or DRAWN_SHOWN, MAPS_SHOWN))
+    _save(picture([topology.at(round) for round in shown], topology.name, topology.period), path, png)
 
 
 def _in_words(facts: Implied) -> list[tuple[str, str]]:

@@ -628,14 +628,16 @@ def _node_connectivity(union: sparse.csr_array, directed: bool, alike: bool) -> 
 
 def _edge_connectivity(union: sparse.csr_array, directed: bool, alike: bool, nodes: int | None) -> int | None:
     """How many links must break until a connected graph falls apart: not fewer than nodes (Whitney 1932), not more than
-    the least degree, and exactly that where all nodes are alike (Mader 1971)."""
-    least = _least_degree(union)
+    the least degree, and exactly that where all nodes are alike (Mader 1971).
+
+    Somewhere on the way round all nodes, one that is cut off from others is followed by one of those.
+    """
+    n, least = union.shape[0], _least_degree(union)
     if alike or nodes == least:
         return least
     if not directed and nx.has_bridges(nx.from_scipy_sparse_array(union)):
         return 1
-    pairs = [(0, t) for t in range(1, union.shape[0])]
-    return _least_flow(union, pairs + [(t, 0) for _, t in pairs] if directed else pairs, least)
+    return _least_flow(union, [(s, (s + 1) % n) for s in range(n)], least)
 
 
 def _least_degree(union: sparse.csr_array) -> int:
