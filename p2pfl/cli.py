@@ -550,7 +550,8 @@ def _in_words(facts: Implied) -> list[tuple[str, str]]:
     size = f"{facts['messages']:g} vectors"
     if facts["bytes"] is not None:
         size += f", {facts['bytes'] / 1e6:.3g} MB ({facts['parameters']} parameters)"
-    survives = "–" if deaths is None else f"any {deaths - 1} deaths" if deaths > 1 else "no death for certain"
+    survives = "–" if deaths is None else "no death for certain" if deaths < 2 else f"any {deaths - 1} deaths"
+    survives = "any one death" if deaths == 2 else survives
     return [
         ("graph", f"{facts['name']}, {facts['nodes']} nodes, {facts['edges']} edges"),
         ("directed", "yes: vectors travel one way" if facts["directed"] else "no"),
