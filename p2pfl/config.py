@@ -305,7 +305,9 @@ def find_experiment(name: str) -> Path:
     builtin = builtin_experiments()
     found = builtin.get(path.name) or builtin.get(f"{path.name}.toml")
     if found is None or path.is_dir():
-        raise BadInput(f"there is no experiment file {name!r}; built in are {', '.join(builtin)}")
+        raise BadInput(
+            f"there is no experiment file {name!r}{did_you_mean(name, [Path(file).stem for file in builtin])}"
+        )
     return found
 
 

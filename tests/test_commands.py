@@ -66,6 +66,27 @@ def test_topology_of_an_experiment_file_and_of_an_edge_list(tmp_path: Path) -> N
     assert (tmp_path / "mesh.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_topologies_are_compared_and_planned(tmp_path: Path) -> None:
+    words = ("topology", "compare", "ring", "base-k", "--nodes", "6", "--plot", tmp_path / "both.png")
+    ring, base = json.loads(run(*words, "--json").stdout)["topologies"]
+    assert (ring["name"], base["name"]) == ("ring", "base-k") and base["exact_after"] < ring["rounds_to_1e-6"]
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    words = ("topology", "plan", "--nodes", "10", "--max-degree", "3", "--survive", "2")
+    for proposal in json.loads(run(*words, "--json").stdout)["proposals"]:
+        assert proposal["degree"] <= 3 and proposal["node_connectivity"] > 2 and proposal["why"]
+    assert "survives any" in run(*words).stdout
+
+
+def test_a_graph_is_written_with_its_weights_and_runs_from_the_file(tmp_path: Path) -> None:
+    run("topology", "tree", "--nodes", "5", "--weights", "fastest", "--out", tmp_path / "tree.graphml")
+    known = json.loads(run("topology", "tree", "--nodes", "5", "--weights", "fastest", "--json").stdout)
+    read = json.loads(run("topology", tmp_path / "tree.graphml", "--weights", "given", "--json").stdout)
+    assert read["lambda2"] == pytest.approx(known["lambda2"], abs=1e-9)
+    settings = (f"topology.file={tmp_path / 'tree.graphml'}", "topology.weights=given", "train.rounds=2")
+    summary = up("roads", tmp_path / "run", *settings)
+    assert summary["finished"] == 5 and summary["topology"]["weights"] == "given"
+
+
 def test_export_gives_the_mean_or_one_node_under_the_names_of_the_module(hospitals: Path, tmp_path: Path) -> None:
     run("export", hospitals, "--out", tmp_path / "mean.safetensors")
     run("export", hospitals, "--node", "ashford", "--out", tmp_path / "one.safetensors")
@@ -90,7 +111,7 @@ def test_report_is_one_page_and_pictures(hospitals: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "mend"),
     [
-        (("up", "hospital"), "built in are hospitals.toml"),
+        (("up", "hospital"), "did you mean 'hospitals'?"),
         (("up", "hospitals", "--set", "train.lrr=1"), "did you mean 'lr'?"),
         (("up", "hospitals", "--nodes", "x"), "--nodes"),
         (("upp",), "Did you mean 'up'?"),
@@ -98,7 +119,14 @@ def test_report_is_one_page_and_pictures(hospitals: Path, tmp_path: Path) -> Non
         (("node", "--peers", "b"), "p2pfl keygen NAME"),
         (("topology", "rign", "--nodes", "4"), "did you mean 'ring'?"),
         (("topology", "ring"), "--nodes 8"),
-        (("topology", "torus", "--nodes", "7"), "torus"),
+        (("topology", "torus", "--nodes", "7"), "use 6 or 8 nodes"),
+        (("topology", "ring", "--nodes", "1"), "--nodes 2 or more"),
+        (("topology", "ring", "torus", "--nodes", "8"), "p2pfl topology compare ring torus"),
+        (("topology", "compare", "ring", "--nodes", "8"), "compare what with what"),
+        (("topology", "epidemic", "--nodes", "8", "--weights", "metropolis"), 'weights = "push-sum"'),
+        (("topology", "base-k", "--nodes", "6", "--out", "x.json"), "changes from round to round"),
+        (("topology", "ring", "--nodes", "6", "--out", "x.png"), ".graphml"),
+        (("topology", "plan", "--nodes", "4", "--max-degree", "2", "--survive", "3"), "survive"),
         (("topology", "random-regular", "--nodes", "5", "--set", "topology.degree=3"), "degree"),
         (("report", "nowhere"), "nowhere"),
         (("export", "nowhere", "--out", "m"), "nowhere"),

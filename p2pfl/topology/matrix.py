@@ -104,7 +104,7 @@ def _check_given(graph: nx.Graph) -> None:
         told = math.fsum(graph[name][other]["weight"] for other in graph[name])
         if heard > 1.0 + ROUNDING:
             raise BadInput(
-                f'topology: weights = "given", and {name} gives others {heard:.9g} altogether: make it at most 1, '
+                f'topology: weights = "given", and {name} gives others {heard:.10g} altogether: make it at most 1, '
                 'or use weights = "metropolis"'
             )
         if abs(heard - told) > BALANCE:  # its self weight is 1 - heard, and its column sums to that plus told
