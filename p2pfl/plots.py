@@ -23,7 +23,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.textpath import TextPath
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
@@ -825,10 +826,9 @@ def _lattice(count: int, both: Set[tuple[int, int]]) -> _Layout | None:
             if step > 1:
                 wraps[a, b] = step
         else:
-            if len(both) - len(wraps) == 2 * (rows * (columns - 1) + columns * (rows - 1)):
-                down_by, right_by = np.divmod(np.arange(count, dtype=float), columns)
-                across, down_by = (right_by, down_by) if columns >= rows else (down_by, right_by)  # the long side lies
-                return _Layout(np.stack([across, -down_by], axis=1), wraps=wraps)
+            row, column = np.divmod(np.arange(count, dtype=float), columns)
+            across, down_by = (column, row) if columns >= rows else (row, column)  # the long side lies
+            return _Layout(np.stack([across, -down_by], axis=1), wraps=wraps)
     return None
 
 
@@ -1125,7 +1125,8 @@ def _text_width(text: str, bold: bool = False) -> float:
     """Points that this small text takes in the font of the figures."""
     if not text.strip():
         return 0.0
-    return float(TextPath((0, 0), text, size=TEXT).get_extents().width) * (1.14 if bold else 1.04)  # a little to spare
+    width = text_to_path.get_text_width_height_descent(text, FontProperties(size=TEXT), ismath=False)[0]
+    return float(width) * (1.14 if bold else 1.03)  # a little to spare
 
 
 def _limits(values: Sequence[float], pad: float = 0.02, log: bool = False) -> tuple[float, float]:

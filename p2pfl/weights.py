@@ -84,7 +84,8 @@ def weights_of(weights: str, own: Stake, heard: Mapping[str, Stake], fixed: Mapp
     """The weight that a node gives to each vector that it heard; what is left of 1 stays with its own.
 
     `heard` are the stakes of those whose vector came, `fixed` the weights that follow from the whole graph. Nobody's
-    degree is derived again here: what a missing neighbour would have had stays with the node itself.
+    degree is derived again here: what a missing neighbour would have had stays with the node itself. Only push-sum
+    takes the mean of what came: the mass of a portion that is lost is gone.
     """
     match weights:
         case "max-degree" | "best-constant" | "fastest" | "given":

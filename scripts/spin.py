@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from p2pfl.config import GRAPHS
+from p2pfl.plots import png
+from p2pfl.report import comparison, read_history
 
 P2PFL = (sys.executable, "-m", "p2pfl")
 FAMILIES = [graph for graph in GRAPHS if graph != "empty"]  # each has a file of its name in topologies/
@@ -55,21 +57,30 @@ def main() -> None:
     options += [word for setting in chosen.set for word in ("--set", setting)]
 
     console = Console()
-    table = Table(title="Accuracy on held-out rows; how much of a disagreement one round leaves", title_justify="left")
-    heads = ("topology", "mean", "worst", "predicted", "measured", "rounds to agree", "MB a node", "seconds")
+    table = Table(box=None, pad_edge=False)
+    heads = ("topology", "mean", "worst", "predicted", "measured", "rounds", "MB", "s")
     for head in heads:
-        table.add_column(head, justify="left" if head == "topology" else "right")
+        table.add_column(head, justify="left" if head == "topology" else "right", no_wrap=True)
     runs = []
     for name in names:
         run = folder / Path(name).stem
         with console.status(f"{name} ({len(runs) + 1} of {len(names)})"):
             table.add_row(*row(Path(name).stem, up(name, run, options)))
         runs.append(run)
-    page = folder / "convergence.html"
-    command = [*P2PFL, "report", *map(str, runs), "--out", str(page), "--png", str(folder)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    page, picture = folder / "convergence.html", folder / "convergence.png"
+    subprocess.run([*P2PFL, "report", *map(str, runs), "--out", str(page)], check=True, stdout=subprocess.DEVNULL)
+    compared = comparison([read_history(run, run.name) for run in runs]) if len(runs) > 1 else None
+    if compared is not None:
+        png(compared.figure, picture)
     console.print(table)
-    console.print(f"\npage     {page}\npicture  {folder / 'compare.png'}", highlight=False, soft_wrap=True)
+    console.print(
+        "mean, worst: accuracy on held-out rows, over the nodes; predicted, measured: what one round of averaging leaves "
+        "of a disagreement, at worst and in this run; rounds: to a millionth; MB: sent by a node; s: command to summary",
+        style="dim",
+    )
+    console.print(f"\npage     {page}", highlight=False, soft_wrap=True)
+    if compared is not None:
+        console.print(f"picture  {picture}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

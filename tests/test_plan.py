@@ -41,7 +41,15 @@ def deaths_that_cut(graph: nx.DiGraph) -> int:
     return min([len(graph) - 1, *(local_node_connectivity(graph, a, b) for a, b in apart)])
 
 
-WISHES = [(6, 1, 0), (8, 3, 2), (9, 2, 1), (12, 4, 3), (7, 2, 4), (10, 9, 0)]
+WISHES = [
+    (6, 1, 0),
+    (8, 3, 2),
+    (9, 2, 1),
+    (12, 4, 3),
+    (7, 2, 4),
+    (10, 9, 0),
+    (15, 4, 3),
+]  # of 15, a graph that varies is as fast as the best that does not
 
 
 @pytest.mark.parametrize(("nodes", "max_degree", "survive"), WISHES)
@@ -66,7 +74,7 @@ def test_after_so_many_rounds_they_agree(nodes: int, max_degree: int, survive: i
         assert proposal["exact_after"] is None or left[proposal["exact_after"]] < 1e-12
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(st.integers(2, 10), st.integers(1, 5), st.data())
 def test_a_looser_limit_only_adds(nodes: int, max_degree: int, data: st.DataObject) -> None:
     """So a bigger max_degree, or fewer deaths, never make the best worse."""
@@ -85,9 +93,15 @@ def test_the_best_comes_first() -> None:
     assert len({str(one["topology"]) for one in found}) == len(found) > 10
 
 
+def test_the_same_graph_comes_once() -> None:
+    """Of five nodes the exponential graph and others are complete, too."""
+    edges = [frozenset(drawn(one, 5).at(0).to_directed().edges) for one in plan(5, 4, 0) if not drawn(one, 5).varies]
+    assert len(edges) == len(set(edges))
+
+
 def test_all_graphs_are_looked_at() -> None:
     """With all limits off; `empty` never agrees, and to a node of `epidemic` any number may send at a time."""
-    found = {one["topology"]["graph"] for one in plan(64, 63, 0)}
+    found = {one["topology"]["graph"] for one in plan(16, 15, 0)}
     assert found == set(GRAPHS) - {"empty", "epidemic"}
 
 

@@ -33,6 +33,7 @@ BYTES_OF_A_PARAMETER = 4  # float32
 DENSE_NODES = 1000  # up to here all eigenvalues of a symmetric matrix at once: 0.2 s
 DENSE_PRODUCT_NODES = 300  # up to here products of matrices as they are: 20 ms for the norm of one
 LONGEST_PRODUCT = 10_000  # rounds that are applied one by one, above so many nodes
+FOREVER = 2**40  # periods: 40 products; rounding errors grow to 1e-4 in size, which is scaled away, not in proportion
 PERIODS_TO_LIMIT = 200  # until what each node counts has settled: a period of any schedule leaves less than half
 NORM_TOLERANCE = 1e-4  # of a singular vector, and its square of the norm
 LANCZOS_VECTORS, LANCZOS_RESTARTS = 40, 50  # 2000 products at most: 0.5 s for 10,000 nodes
@@ -431,11 +432,11 @@ def _limit(steps: Sequence[sparse.csr_array], pushes: bool) -> Floats:
     around = steps if pushes else [step.T.tocsr() for step in reversed(steps)]
     if n <= DENSE_PRODUCT_NODES:
         whole = reduce(lambda product, step: step @ product, around, np.eye(n))
-        equations = np.vstack([whole - np.eye(n), np.ones(n)])
-        return abs(np.linalg.lstsq(equations, np.append(np.zeros(n), 1.0))[0])
-    counts = np.full(n, 1.0 / n)
-    for _ in range(PERIODS_TO_LIMIT):
-        counts = reduce(lambda vector, step: step @ vector, around, counts)
+        counts = np.linalg.matrix_power(whole, FOREVER)[:, 0]
+    else:
+        counts = np.full(n, 1.0 / n)
+        for _ in range(PERIODS_TO_LIMIT):
+            counts = reduce(lambda vector, step: step @ vector, around, counts)
     return np.asarray(counts / counts.sum())
 
 

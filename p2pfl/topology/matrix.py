@@ -10,8 +10,8 @@ What follows from a node's own neighbourhood stands in `weights`. From the whole
     best-constant    2 / (l_2 + l_n) on every edge, l_1 = 0 < l_2 <= … <= l_n being the eigenvalues of the Laplacian L:
                      of all I - c L it leaves the least of a disagreement, (l_n - l_2) / (l_n + l_2) (Xiao & Boyd 2004).
                      A self weight may be negative, as that of a star's hub
-    fastest          the best number on each edge: see `fastest`
-    given            the "weight" of each edge in the graph
+    fastest          on each edge its own, the best of all: see `topology.fastest`
+    given            on each edge its own, from the graph: the attribute "weight"
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from p2pfl.weights import FROM_WHOLE_GRAPH, PUSH_SUM, Stake, reach, weights_of
 ROUNDING = 1e-9  # by which a sum may miss 1 since it was rounded
 BALANCE = 1e-6  # by which a column of given weights may miss 1: files round to 7 digits or so
 DENSE_NODES = 1000  # up to here all eigenvalues of a Laplacian at once: 0.2 s
-LANCZOS_TOLERANCE = 1e-4  # above: of l_n. The spectral gap is that close to the best; 10,000 nodes take 0.3 s
+LANCZOS_TOLERANCE = 1e-4  # above, as a part of l_n: less than 0.1 % of the gap, in 0.3 s for 10,000 nodes
 
 
 def hears(graph: nx.Graph, name: str) -> list[str]:
@@ -144,8 +144,8 @@ def fixed_weights(graph: nx.Graph, weights: str) -> dict[tuple[str, str], float]
 def _best_constant(graph: nx.Graph) -> float:
     """2 / (l_2 + l_n) of a connected graph; 1.0, which is not used, for a single node.
 
-    Above DENSE_NODES l_2 and l_n may be too large by LANCZOS_TOLERANCE of l_n, but not too small. That way the norm of
-    W - J stays below 1, and is 1 - 2 l_2 / (l_2 + l_n) as it should, of the true l_2 and a slightly larger sum.
+    Above DENSE_NODES what is taken for l_2 and l_n is too large by about LANCZOS_TOLERANCE of l_n. It must not be too
+    small, or W could have an eigenvalue below -1. This way the gap stays what it is, but for a slightly larger sum.
     """
     n = len(graph)
     if n == 1:
