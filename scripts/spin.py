@@ -74,8 +74,8 @@ def main() -> None:
         png(compared.figure, picture)
     console.print(table)
     console.print(
-        "mean, worst: accuracy on held-out rows, over the nodes; predicted, measured: what one round of averaging leaves "
-        "of a disagreement, at worst and in this run; rounds: to a millionth; MB: sent by a node; s: command to summary",
+        "mean, worst: accuracy on held-out rows, over the nodes; predicted, measured: what one averaging leaves of a "
+        "disagreement, at worst and in this run; rounds: to a millionth; MB: sent by a node; s: command to summary",
         style="dim",
     )
     console.print(f"\npage     {page}", highlight=False, soft_wrap=True)

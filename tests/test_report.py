@@ -496,15 +496,19 @@ def test_no_name_in_a_graph_is_cut_or_lies_on_a_node_or_on_another(family: str) 
             assert math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1)) > radius
 
 
-def test_names_that_find_no_place_are_left_out_but_not_of_who_is_gone() -> None:
-    names = [f"hospital {'abcdefghij'[i % 10]} of town {'abcdefghij'[i // 10]}" for i in range(40)]
-    edges = [(a, b) for i, a in enumerate(names) for b in names[:i] if i // 20 == names.index(b) // 20]
-    figure = plots.graph(names, edges, name="crowd", ended={names[-1]: "died"}, scores={}, score="")
+HOSPITALS = [f"hospital {'abcdefghij'[i % 10]} of town {'abcdefghij'[i // 10]}" for i in range(40)]
+
+
+@pytest.mark.parametrize("family", [grid(5, 8, periodic=False), nx.disjoint_union_all([nx.complete_graph(20)] * 2)])
+def test_names_that_find_no_place_are_left_out_but_not_of_who_is_gone(family: nx.Graph) -> None:
+    index = {node: i for i, node in enumerate(family)}
+    edges = [(HOSPITALS[index[a]], HOSPITALS[index[b]]) for a, b in family.edges]
+    figure = plots.graph(HOSPITALS, edges, name="crowd", ended={HOSPITALS[-1]: "died"}, scores={}, score="")
     assert_apart(figure)
     assert 20 < len(figure.axes[0].texts) < 40
+    assert f"{HOSPITALS[-1]} (died)" in texts(figure)
     room = figure.axes[0].bbox
     assert all(box.x0 >= room.x0 and box.x1 <= room.x1 + 1 for box in boxes_of(figure)[1:])
-    assert f"{names[-1]} (died)" in texts(figure)
 
 
 def places(figure: plots.Figure) -> np.ndarray:
@@ -528,6 +532,9 @@ def test_a_graph_is_drawn_in_its_own_form() -> None:
         assert np.all(np.min(np.abs(steps), axis=1) < 1e-6)  # along rows and columns, none across the picture
         assert len(steps) == (2 * (3 + 7) + (3 * 6 + 2 * 7) if periodic else 3 * 6 + 2 * 7)
         assert ("go on at the other side" in figure.texts[0].get_text()) == periodic
+    crossed = grid(3, 7, periodic=False)
+    crossed.add_edge((0, 0), (1, 1))
+    assert len(np.unique(np.round(places(plots.topology([numbered(crossed)], "no lattice"))[:, 0], 6))) > 7
     tree = places(plots.topology([numbered(nx.balanced_tree(3, 2))], "tree"))
     distance = np.hypot(*((tree - tree[0]) / [1.3, 1]).T)
     assert np.ptp(distance[1:4]) < 0.05 * distance[1]
