@@ -141,9 +141,20 @@ def test_more_deaths_than_neighbours_take_a_graph_that_varies() -> None:
     found = plan(20, 1, 10)
     assert [one["topology"] for one in found] == [{"graph": "random-matching"}]
     assert found[0]["why"].endswith(
-        "survives any 18 deaths, for which a graph that stays as it is takes 11 neighbours or more"
+        "survives any 18 deaths; a graph that stays as it is takes 11 neighbours or more for what is asked"
     )
-    assert all(drawn(one, 20).varies for one in plan(20, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "survive", "enough"), [(20, 0, 2), (2, 0, 1), (8, 2, 3), (9, 2, 4), (9, 3, 4), (7, 4, 6)]
+)
+def test_how_many_neighbours_a_graph_that_stays_takes(nodes: int, survive: int, enough: int) -> None:
+    """One more than deaths; yet another one, if nodes and neighbours are both odd; and two, to join more than two."""
+    for max_degree in (enough - 1, enough):
+        found = plan(nodes, max_degree, survive) if max_degree else []
+        assert any(not drawn(one, nodes).varies for one in found) == (max_degree == enough)
+        told = f"a graph that stays as it is takes {enough} neighbour"
+        assert all((told in one["why"]) == (max_degree < enough) for one in found)
 
 
 def test_bytes_are_those_of_all_messages() -> None:

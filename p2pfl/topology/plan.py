@@ -80,7 +80,7 @@ def plan(nodes: int, max_degree: int, survive: int, parameters: int | None = Non
             "exact_after": one.facts["exact_after"],
             "messages": one.messages,
             "bytes": None if parameters is None else one.messages * BYTES_OF_A_PARAMETER * parameters,
-            "why": _why(one, fewest, survive),
+            "why": _why(one, fewest, max_degree, _enough(nodes, survive)),
         }
         for one in found
     ]
@@ -137,7 +137,7 @@ def _degree(graph: nx.Graph) -> int:
     return int(max(degree for way in ways for _, degree in way))
 
 
-def _why(one: _Fitting, fewest: int | None, survive: int) -> str:
+def _why(one: _Fitting, fewest: int | None, max_degree: int, enough: int) -> str:
     """What speaks for it and against it."""
     exact, varies, least = one.facts["exact_after"], one.topology.varies, one.facts["degree"]["min"]
     speed = f"exact after {_count(exact, 'round')}" if exact else f"agrees in {_count(one.rounds, 'round')}"
@@ -151,9 +151,17 @@ def _why(one: _Fitting, fewest: int | None, survive: int) -> str:
     ]
     deaths = f"survives any {_count(one.deaths, 'death')}" if one.deaths else "a single death can cut it in two"
     why = f"{speed} with {company}{', but ' if but else ''}{', and '.join(but)}; {deaths}"
-    if fewest is None:
-        why += f", for which a graph that stays as it is takes {_count(survive + 1, 'neighbour')} or more"
+    if max_degree < enough:
+        why += f"; a graph that stays as it is takes {_count(enough, 'neighbour')} or more for what is asked"
     return why
+
+
+def _enough(nodes: int, survive: int) -> int:
+    """The neighbours that some node needs in a graph that stays as it is, and survives so many deaths (Harary 1962)."""
+    each = survive + 1
+    return (
+        2 if each == 1 and nodes > 2 else each + nodes * each % 2
+    )  # an odd number of nodes cannot all have an odd one
 
 
 def _count(number: int, noun: str) -> str:
