@@ -80,6 +80,7 @@ class TopologySection(Section):
     s: int = Field(2, ge=1)  # epidemic: random nodes that each one sends to in a round
     cliques: int = Field(2, ge=2)  # caveman: groups on its ring
     rows: int | None = Field(None, ge=1)  # grid and torus; as square as the number of nodes allows, if not given
+    heal: bool = True  # whether survivors go on with a graph without the dead; False: nobody gets new neighbours
     weights: Weights | None = None  # metropolis, if not given; of base-k its own, of epidemic uniform-neighbours
 
     @field_validator("nodes")
@@ -196,6 +197,7 @@ class NetworkSection(Section):
     heartbeat: float = Field(1.0, gt=0)  # between two signs of life
     silence: float = Field(6.0, gt=0)  # without any sign of life a neighbour is no longer waited for
     grace: float = Field(1.0, ge=0)  # how long a broken link may take to come back before one goes on without the peer
+    suspicion: float = Field(10.0, gt=0)  # from losing a member to going on with a graph without it
     patience: float = Field(5.0, gt=0)  # the least time that a living neighbour is given for its round
 
 
