@@ -204,9 +204,10 @@ class NetworkSection(Section):
 class Fault(Section):
     """Something that `up` does to its own nodes, so that survival can be watched."""
 
-    kind: Literal["kill"]  # SIGKILL at the start of that round
+    kind: Literal["kill", "restart", "pause"]  # SIGKILL; the same, and start again from the checkpoint; SIGSTOP
     node: int | str  # its number or its name
-    round: int = Field(ge=0)
+    round: int = Field(ge=0)  # at the start of which it happens
+    seconds: float = Field(2.0, ge=0)  # restart, pause: how long it is away
 
 
 class Experiment(Section):

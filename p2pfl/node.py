@@ -173,6 +173,7 @@ class Node:
         self._now = now  # time of the event in hand, or of the last one
         self._effects: list[Effect] = []  # of the event in hand
         self._waiting_since = now
+        self._waited_from = settings.first_round  # since it started, or caught up: for earlier rounds it did not wait
         self._next_heartbeat = now + settings.heartbeat
         self._next_waiting_line = now + WAITING_LINE
         self._mass = settings.mass if settings.held_mass is None else settings.held_mass  # only push-sum changes it
@@ -369,7 +370,8 @@ class Node:
         neighbour = self.neighbours[peer]
         neighbour.heard = update.round
         self._claim(peer, update.round)
-        neighbour.lateness.append(self._lateness(neighbour, update.round))
+        if update.round >= self._waited_from:
+            neighbour.lateness.append(self._lateness(neighbour, update.round))
         if self._push_sum and not (update.mass <= MAX_MASS and update.reach >= 1):
             why = f"round {update.round} is cut into {update.reach} portions of a mass of {update.mass}"
             self._rejected(Rejected(peer, "bad_mass", why))
@@ -652,6 +654,7 @@ class Node:
         for neighbour in self.neighbours.values():
             neighbour.updates.clear()
         self._note("caught_up", behind=self.round, round=target)
+        self._waited_from = target
         self._trained = None  # the round that is skipped has no record
         self._compute(target, contributions)
 
