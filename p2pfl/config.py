@@ -234,13 +234,19 @@ class Experiment(Section):
             del tree["topology"]["nodes"]  # neighbours are each node's own affair
         return {key: repr(value) for key, value in flatten(tree).items()}
 
-    def fault_for(self, name: str) -> Fault | None:
-        """The fault that is meant for this node, if any."""
+    def faults_for(self, name: str) -> tuple[Fault, ...]:
+        """The faults that are meant for this node, in the order of their rounds."""
         names = self.topology.names
-        for fault in self.faults:
-            if (names[fault.node] if isinstance(fault.node, int) else fault.node) == name:
-                return fault
-        return None
+        meant = [
+            fault
+            for fault in self.faults
+            if name in (fault.node, names[fault.node] if isinstance(fault.node, int) else None)
+        ]
+        return tuple(sorted(meant, key=lambda fault: fault.round))
+
+    def is_doomed(self, name: str) -> bool:
+        """Whether a fault is meant to end this node for good."""
+        return any(fault.kind == "kill" for fault in self.faults_for(name))
 
     @model_validator(mode="after")
     def _across_sections(self) -> Experiment:

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -57,6 +58,7 @@ class Child:
     error: str = ""
     ended: bool = False
     epoch: int = 1
+    suffered: int = 0  # faults of the experiment
     introduced: bool = False  # it knows where the others listen
     paused: bool = False
     away: float | None = None  # seconds until it goes on, or starts again once it has ended
@@ -98,7 +100,7 @@ def up(
 
     children: list[Child] = []
 
-    def start(index: int, epoch: int) -> Child:
+    def start(index: int, epoch: int, suffered: int) -> Child:
         sys.stdout.flush()
         sys.stderr.flush()
         try:
@@ -109,13 +111,13 @@ def up(
         if pid == 0:
             for pipe in (ours, *(child.pipe for child in children)):
                 pipe.close()  # or the children would keep each other's pairs alive
-            _run_child(experiment, run, graph, identities[index], roster, index, theirs, epoch)
+            _run_child(experiment, run, graph, identities[index], roster, index, theirs, epoch, suffered)
         theirs.close()
-        return Child(names[index], pid, ours, epoch=epoch)
+        return Child(names[index], pid, ours, epoch=epoch, suffered=suffered)
 
     try:
         for index in range(len(names)):
-            children.append(start(index, 1))
+            children.append(start(index, 1, 0))
         with _Interrupts() as interrupts:
             _supervise(children, observe, interrupts, start)
     finally:
@@ -136,12 +138,13 @@ def _run_child(
     index: int,
     pipe: socket.socket,
     epoch: int,
+    suffered: int,
 ) -> NoReturn:
     """Be one node. Never returns into the parent's code, whatever happens."""
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says what it means
-        code = _be_node(experiment, run, graph, identity, roster, index, pipe, epoch)
+        code = _be_node(experiment, run, graph, identity, roster, index, pipe, epoch, suffered)
     except (BadInput, TrainingFailed) as error:
         _say(pipe, {"kind": "error", "why": str(error)})
     finally:
@@ -162,19 +165,18 @@ def _be_node(
     index: int,
     pipe: socket.socket,
     epoch: int,
+    suffered: int,
 ) -> int:
     name = identity.name
-    fault = experiment.fault_for(name) if epoch == 1 else None
+    faults = deque(experiment.faults_for(name)[suffered:])
 
     def before_round(round: int) -> None:
-        nonlocal fault
-        if fault is None or round < fault.round:
+        if not faults or round < faults[0].round:
             return
-        due, fault = fault, None
-        if due.kind != "kill":
-            _say(pipe, {"kind": due.kind, "seconds": due.seconds})
+        fault = faults.popleft()
+        _say(pipe, {"kind": fault.kind, "seconds": fault.seconds})
         # From within, so that it is that round and no later one.
-        os.kill(os.getpid(), signal.SIGSTOP if due.kind == "pause" else signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGSTOP if fault.kind == "pause" else signal.SIGKILL)
 
     def observe(line: Line) -> None:
         _say(pipe, {"kind": "line", "line": line})
@@ -259,7 +261,7 @@ def _supervise(
     children: list[Child],
     observe: Callable[[Line], None],
     interrupts: _Interrupts,
-    start: Callable[[int, int], Child],
+    start: Callable[[int, int, int], Child],
 ) -> None:
     """Introduce the nodes to each other, pass on what they report, wake and start those that are due, to the end."""
     with selectors.DefaultSelector() as selector:
@@ -307,7 +309,7 @@ def _supervise(
                     continue
                 os.waitpid(child.pid, 0)
                 child.pipe.close()
-                children[index] = start(index, child.epoch + 1)
+                children[index] = start(index, child.epoch + 1, child.suffered)
                 children[index].last_metrics = child.last_metrics
                 selector.register(children[index].pipe, selectors.EVENT_READ, children[index])
 
@@ -350,8 +352,10 @@ def _read(child: Child, observe: Callable[[Line], None]) -> None:
                 observe(message["line"])
             case "outcome":
                 child.outcome = message
-            case "restart" | "pause":
-                child.away, child.paused = message["seconds"], message["kind"] == "pause"
+            case "restart" | "pause" | "kill":
+                child.suffered += 1
+                child.away = message["seconds"] if message["kind"] != "kill" else None
+                child.paused = message["kind"] == "pause"
             case "error":
                 child.error = message["why"]
 
@@ -404,8 +408,7 @@ def _conclude(
         topology=facts,
     )
     write_json(run.summary, summary)
-    faults = {child.name: experiment.fault_for(child.name) for child in children}
-    meant = {name for name, fault in faults.items() if fault is not None and fault.kind == "kill"}
+    meant = {child.name for child in children if experiment.is_doomed(child.name)}
     failed = tuple(child.name for child in children if child.name not in finished and child.name not in meant)
     return Outcome(summary, failed, {child.name: child.error for child in children if child.error})
 
