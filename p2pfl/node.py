@@ -12,6 +12,7 @@ alive but slow is given a patience that grows with what was observed of it.
 
 from __future__ import annotations
 
+import math
 import statistics
 import zlib
 from collections import deque
@@ -112,6 +113,8 @@ class Neighbour:
     epoch: int = 0
     mass: float | None = None  # None until its first hello
     round: int = 0  # the newest that it claims to work on
+    ahead_since: float | None = None  # since when that is later than the round that we work on
+    offered: int = -1  # the newest round of which it began to send its update
     view: int = 0  # on which graph: a digest of those who live, as it sees it
     heard: int = -1  # the newest round of which its verified update came
     confirmed: int = -1  # the newest round of which it said that our update came
@@ -213,11 +216,16 @@ class Node:
             case Phase.COMPUTING:
                 return self._next_heartbeat
             case Phase.JOINING | Phase.COLLECTING:
-                returns = [n.down_since + self.settings.grace for n in self._awaited() if n.alive and not n.linked]
-                return min(self._next_heartbeat, self._next_waiting_line, self._waits_until(), *returns)
+                awaited = self._awaited()
+                returns = [n.down_since + self.settings.grace for n in awaited if n.alive and not n.linked]
+                passed = [self._passed_us_by(n) for n in awaited if self.phase is Phase.COLLECTING]
+                return min(self._next_heartbeat, self._next_waiting_line, self._waits_until(), *returns, *passed)
 
     def check_offer(self, peer: str, round: int) -> None:
-        """BadMessage if an update of this round is not wanted from this peer; asked before anything is allocated."""
+        """BadMessage if an update of this round is not wanted from this peer; asked before anything is allocated.
+
+        If it is wanted, the peer is taken to have begun with it.
+        """
         neighbour = self.neighbours.get(peer)
         if neighbour is None:
             raise BadMessage("not_a_neighbour", f"{peer} is in the roster, but no neighbour of {self.settings.name}")
@@ -231,6 +239,7 @@ class Node:
             raise BadMessage("not_a_neighbour", f"the graph of round {round} has no edge from {peer} to here")
         if len(neighbour.updates) >= 2:
             raise BadMessage("busy", f"{len(neighbour.updates)} updates of {peer} wait to be folded")
+        neighbour.offered = max(neighbour.offered, round)
 
     def awaited(self) -> tuple[str, ...]:
         """Whom this node waits for at the moment."""
@@ -301,6 +310,8 @@ class Node:
         for neighbour in self.neighbours.values():
             neighbour.last_sign += pause
             neighbour.down_since += pause
+            if neighbour.ahead_since is not None:
+                neighbour.ahead_since += pause
             if neighbour.sought_since is not None:
                 neighbour.sought_since += pause
 
@@ -319,9 +330,12 @@ class Node:
         back, same_process = neighbour.epoch > 0, neighbour.epoch == event.epoch
         if event.epoch > neighbour.epoch:  # a new start of its process: what the old one said no longer counts
             neighbour.round, neighbour.heard, neighbour.confirmed, neighbour.gone_after = 0, -1, -1, None
+            neighbour.offered, neighbour.ahead_since = -1, None
             neighbour.updates.clear()
         neighbour.linked, neighbour.alive, neighbour.sought_since = True, True, None
         neighbour.epoch, neighbour.mass, neighbour.last_sign = event.epoch, event.mass, self._now
+        if neighbour.ahead_since is not None:  # it may have to send again what it had begun with
+            neighbour.ahead_since, neighbour.offered = self._now, min(neighbour.offered, self.round - 1)
         self._claim(event.peer, event.round)
         self._note("returned" if back else "joined", peer=event.peer, epoch=event.epoch)
         if self.membership is not None:
@@ -401,6 +415,8 @@ class Node:
                 waited = self.phase is Phase.COLLECTING
                 neighbour.lateness.append(self._now - self._waiting_since if waited else 0.0)
             neighbour.round = round
+            if round > self.round and neighbour.ahead_since is None:
+                neighbour.ahead_since = self._now
 
     def _receipt(self, peer: str, round: int) -> None:
         neighbour = self.neighbours.get(peer)
@@ -553,9 +569,17 @@ class Node:
         if neighbour.heard >= self._needed:
             unconfirmed = self.round in neighbour.updates and not self._may_fold(neighbour)
             return unconfirmed and neighbour.gone_after is None
+        if self._now >= self._passed_us_by(neighbour):
+            return False
         if neighbour.gone_after is not None:  # its last update may be under way, or come again within the grace
             return neighbour.gone_after > self._needed
         return neighbour.round <= self._horizon()  # or else what it sends next is too new for us
+
+    def _passed_us_by(self, neighbour: Neighbour) -> float:
+        """When it is clear that it sent us no update of this round: it went on long ago, and did not even begin."""
+        if neighbour.ahead_since is None or neighbour.offered >= self.round or self.settings.staleness > 0:
+            return math.inf
+        return max(neighbour.ahead_since, self._waiting_since) + self.settings.grace
 
     def _tells_us(self, neighbour: Neighbour) -> bool:
         """Whether its graph of this round has the edge as well: it sees the same members, or still those of before."""
@@ -671,6 +695,8 @@ class Node:
             self._told = tuple(name for name in self._listeners() if name in part.tells)
             self._reach = 1.0 + len(self._told)
         self.round = round
+        for neighbour in self.neighbours.values():
+            neighbour.ahead_since = self._now if neighbour.round > round else None
         self.phase = Phase.COMPUTING
         self._send(
             tuple(n for n in self._listeners() if n in part.hears and n not in part.tells), Heartbeat(round, self._view)

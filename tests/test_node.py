@@ -322,6 +322,18 @@ def test_a_silent_neighbour_dies_though_its_link_stands_and_returns_with_its_fir
     assert silent.handle(Received("b", Heartbeat(1)), 6.5) == [returned]
 
 
+def test_who_went_on_without_beginning_to_send_is_given_one_grace_and_who_began_its_patience() -> None:
+    for began in (False, True):
+        node = collecting(round=1, grace=1.0, patience=50.0)
+        node.handle(got("a", 1), 0.25)
+        if began:
+            node.check_offer("b", 1)  # its chunks are on their way, and its heartbeat has overtaken them
+        assert node.handle(Received("b", Heartbeat(2)), 0.5) == []
+        assert node.deadline == (5.0 if began else 1.5)
+        assert node.handle(Tick(), math.nextafter(1.5, 0)) == []
+        assert node.handle(Tick(), 1.5) == ([] if began else [compute(2, folded("a", round=1))])
+
+
 @pytest.mark.parametrize(("seen", "lost"), [(-1, (0, 1)), (0, (1,)), (1, ()), (2, ())])
 def test_after_a_broken_link_an_update_is_sent_again_if_and_only_if_it_is_lost(seen: int, lost: tuple[int]) -> None:
     node = collecting(round=1, grace=1.0)
