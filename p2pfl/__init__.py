@@ -3,7 +3,8 @@
 A module imports only modules before it in this list (`tests/test_layers.py` checks it):
 
     values    messages · config · rng
-    logic     weights · conduct · node · topology · mixing · wire · identity · envelope · records · analysis
+    logic     weights · conduct · membership · node · topology · mixing
+    logic     wire · identity · envelope · records · analysis
     edges     data · models · learner · checkpoint · link
     drivers   runtime · swarm
     surface   plots · report · export · progress · cli

@@ -80,6 +80,7 @@ class TopologySection(Section):
     s: int = Field(2, ge=1)  # epidemic: random nodes that each one sends to in a round
     cliques: int = Field(2, ge=2)  # caveman: groups on its ring
     rows: int | None = Field(None, ge=1)  # grid and torus; as square as the number of nodes allows, if not given
+    heal: bool = True  # whether survivors go on with a graph without the dead; False: nobody gets new neighbours
     weights: Weights | None = None  # metropolis, if not given; of base-k its own, of epidemic uniform-neighbours
 
     @field_validator("nodes")
@@ -196,15 +197,17 @@ class NetworkSection(Section):
     heartbeat: float = Field(1.0, gt=0)  # between two signs of life
     silence: float = Field(6.0, gt=0)  # without any sign of life a neighbour is no longer waited for
     grace: float = Field(1.0, ge=0)  # how long a broken link may take to come back before one goes on without the peer
+    suspicion: float = Field(10.0, gt=0)  # from losing a member to going on with a graph without it
     patience: float = Field(5.0, gt=0)  # the least time that a living neighbour is given for its round
 
 
 class Fault(Section):
     """Something that `up` does to its own nodes, so that survival can be watched."""
 
-    kind: Literal["kill"]  # SIGKILL at the start of that round
+    kind: Literal["kill", "restart", "pause"]  # SIGKILL; the same, and start again from the checkpoint; SIGSTOP
     node: int | str  # its number or its name
-    round: int = Field(ge=0)
+    round: int = Field(ge=0)  # at the start of which it happens
+    seconds: float = Field(2.0, ge=0)  # restart, pause: how long it is away
 
 
 class Experiment(Section):
@@ -231,13 +234,19 @@ class Experiment(Section):
             del tree["topology"]["nodes"]  # neighbours are each node's own affair
         return {key: repr(value) for key, value in flatten(tree).items()}
 
-    def fault_for(self, name: str) -> Fault | None:
-        """The fault that is meant for this node, if any."""
+    def faults_for(self, name: str) -> tuple[Fault, ...]:
+        """The faults that are meant for this node, in the order of their rounds."""
         names = self.topology.names
-        for fault in self.faults:
-            if (names[fault.node] if isinstance(fault.node, int) else fault.node) == name:
-                return fault
-        return None
+        meant = [
+            fault
+            for fault in self.faults
+            if name in (fault.node, names[fault.node] if isinstance(fault.node, int) else None)
+        ]
+        return tuple(sorted(meant, key=lambda fault: fault.round))
+
+    def is_doomed(self, name: str) -> bool:
+        """Whether a fault is meant to end this node for good."""
+        return any(fault.kind == "kill" for fault in self.faults_for(name))
 
     @model_validator(mode="after")
     def _across_sections(self) -> Experiment:

@@ -17,7 +17,7 @@ import math
 import secrets
 import weakref
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from blake3 import blake3
@@ -25,10 +25,11 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from p2pfl.identity import Card, Identity
-from p2pfl.messages import MAX_EPOCH, MAX_ROUND, BadMessage, Offer
-from p2pfl.wire import CHUNK, TAG, check_fields, pack, unpack
+from p2pfl.messages import MAX_EPOCH, MAX_ROUND, BadMessage, MemberRecord, Offer
+from p2pfl.wire import CHUNK, TAG, check_fields, pack, statement, unpack
 
 SIGNING_CONTEXT: Final = b"p2pfl manifest 1"
+RECORD_CONTEXT: Final = b"p2pfl member 1"
 KEY_CONTEXT: Final = "p2pfl 2026 envelope key commitment"  # BLAKE3 key derivation wants a unique sentence
 KEY_BYTES: Final = 32
 CODEC: Final = "float32"
@@ -191,6 +192,19 @@ class Sealer:
         self._previous = blake3(manifest).digest()
         signature = self._identity.sign(SIGNING_CONTEXT, manifest)
         return Sealed(round, Offer(manifest, signature, key), lease)
+
+
+# -- What a member says of itself ------------------------------------------------------------------------------------
+
+
+def sign_record(record: MemberRecord, identity: Identity, federation: bytes) -> MemberRecord:
+    """The own record, signed for this federation."""
+    return replace(record, signature=identity.sign(RECORD_CONTEXT, federation + statement(record)))
+
+
+def record_holds(record: MemberRecord, card: Card, federation: bytes) -> bool:
+    """Whether the owner of `card` said this, in this federation."""
+    return card.verify(RECORD_CONTEXT, federation + statement(record), record.signature)
 
 
 # -- Open ------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from typing import TypeAlias, get_args
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from p2pfl.envelope import Buffers, Opening, Sealed, verify
+from p2pfl.envelope import Buffers, Opening, Sealed, record_holds, sign_record, verify
 from p2pfl.identity import Identity, Member, Roster, fingerprint_of
 from p2pfl.messages import (
     PROTOCOL_VERSION,
@@ -43,11 +43,13 @@ from p2pfl.messages import (
     Describe,
     Event,
     Goodbye,
+    Gossip,
     Grant,
     Heartbeat,
     Hello,
     LinkDown,
     LinkUp,
+    MemberRecord,
     Message,
     Offer,
     Receipt,
@@ -261,6 +263,7 @@ class Link:
         self._dials: list[_Dial] = []
         self._connections: dict[tuple[_Socket, int], _Connection] = {}  # by our socket and its file descriptor
         self._spoken: dict[bytes, _Connection] = {}  # those on the ROUTER that have sent something, by routing id
+        self._genuine_records: dict[str, MemberRecord] = {}  # the last one of each member whose signature held
         self._barred: dict[str, float] = {}  # members and addresses → until when they are kept out
         self._events: list[Event] = []
         self._notices: list[_Notice] = []
@@ -337,6 +340,8 @@ class Link:
 
     def send(self, names: Iterable[str], message: Message) -> None:
         """Send to each of these peers what can be sent now; an update goes out as its credit allows."""
+        if isinstance(message, Gossip):
+            message = self._signed(message)
         frames = None if isinstance(message, Update) else encode(message)
         for name in names:
             peer = self._peers.get(name)
@@ -348,6 +353,20 @@ class Link:
                 if peer.sending is None or peer.sending.sealed is not message.vector:
                     peer.waiting = message.vector
                 self._pump(peer)
+
+    def _signed(self, gossip: Gossip) -> Gossip:
+        """With the own record signed, as it is when it leaves."""
+        records = [
+            sign_record(record, self.identity, self._greeting.experiment)
+            if record.name == self.identity.name
+            else record
+            for record in gossip.records
+        ]
+        return Gossip(tuple(records), gossip.hints)
+
+    def is_dialling(self, name: str) -> bool:
+        """Whether there is an address at which this member is sought, or found."""
+        return any(name in dial.names or (dial.settled and dial.member.name == name) for dial in self._dials)
 
     def disconnect(self, name: str, seconds: float) -> None:
         """Close the links to this member (or address) and keep it out for so long."""
@@ -868,6 +887,8 @@ class Link:
                 peer.early = message
             return  # what was under way on a pair that broke is lost with it
         match message:
+            case Gossip():
+                self._events.append(Received(peer.name, self._genuine(peer.name, message)))
             case Heartbeat() | Goodbye() | Receipt():
                 self._events.append(Received(peer.name, message))
             case Grant(round, chunks):
@@ -882,6 +903,25 @@ class Link:
                 self._chunk(peer, message)
             case Describe() | Hello():
                 pass
+
+    def _genuine(self, sender: str, gossip: Gossip) -> Gossip:
+        """What was passed on, as far as it is about members of the roster. BadMessage if somebody forged a record."""
+        known = []
+        for record in gossip.records:
+            member = self._roster.by_name(record.name)
+            if member is None:
+                self._reject(
+                    sender, BadMessage("unknown_member", f"it speaks of {record.name}, who is not in the roster")
+                )
+                continue
+            if self._genuine_records.get(record.name) != record:
+                if not record_holds(record, member.card, self._greeting.experiment):
+                    raise BadMessage(
+                        "bad_record", f"what it passes on of {record.name} was not signed by {record.name}"
+                    )
+                self._genuine_records[record.name] = record
+            known.append(record)
+        return Gossip(tuple(known), tuple(hint for hint in gossip.hints if self._roster.by_name(hint.name) is not None))
 
     def _reject(self, name: str, error: BadMessage, evidence: tuple[bytes, ...] = ()) -> None:
         self._events.append(Rejected(name, error.code, error.why, evidence))

@@ -141,9 +141,10 @@ class Describe:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """I am alive and work on this round."""
+    """I am alive and work on this round, on the graph over those whom I take to live."""
 
     round: int
+    view: int = 0  # which graph: a digest of the names of the living; 0: all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +179,35 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
+class MemberRecord:
+    """What a member says of itself, signed by it and passed on by anybody. The latest (epoch, incarnation) holds."""
+
+    name: str
+    epoch: int  # how often it has started
+    incarnation: int  # how often it has refuted since that it was gone
+    address: str = ""  # where it listens, as it knows it; empty: it only dials
+    leaving: bool = False
+    signature: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """I believe that this member is gone, of whom I last knew this. It may refute it."""
+
+    name: str
+    epoch: int
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gossip:
+    """What is known of members, passed on."""
+
+    records: tuple[MemberRecord, ...]
+    hints: tuple[Hint, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Offer:
     """The head of an update: its signed manifest and the key that opens it. The chunks follow."""
 
@@ -205,8 +235,8 @@ class Update:
     vector: object  # opaque to the node
 
 
-WireMessage = Hello | Describe | Heartbeat | Grant | Refused | Goodbye | Receipt | Offer | Chunk
-Message = Heartbeat | Goodbye | Receipt | Update
+WireMessage = Hello | Describe | Heartbeat | Grant | Refused | Goodbye | Receipt | Gossip | Offer | Chunk
+Message = Heartbeat | Goodbye | Receipt | Gossip | Update
 
 
 # -- What happens to a node ------------------------------------------------------------------------------------------
@@ -336,6 +366,14 @@ class Compute:
 
 
 @dataclass(frozen=True, slots=True)
+class Connect:
+    """Make a link to this member, and keep trying. `address`: where it said that it listens; empty if it never did."""
+
+    peer: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
 class Disconnect:
     """Close the links to this peer and let it in again after `seconds`."""
 
@@ -385,4 +423,4 @@ class Done:
     finished: bool
 
 
-Effect = Send | Compute | Disconnect | Save | Record | Done
+Effect = Send | Compute | Connect | Disconnect | Save | Record | Done

@@ -12,28 +12,35 @@ alive but slow is given a patience that grows with what was observed of it.
 
 from __future__ import annotations
 
+import math
 import statistics
+import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from p2pfl.conduct import Conduct
+from p2pfl.membership import OTHERS, Change, Membership, Standing
 from p2pfl.messages import (
     BadMessage,
     Compute,
     Computed,
+    Connect,
     Contribution,
     Disconnect,
     Done,
     Effect,
     Event,
     Goodbye,
+    Gossip,
     Happened,
     Heartbeat,
+    Hint,
     Leave,
     LinkDown,
     LinkUp,
+    MemberRecord,
     Message,
     Receipt,
     Received,
@@ -47,12 +54,14 @@ from p2pfl.messages import (
     Update,
     Value,
 )
-from p2pfl.weights import PUSH_SUM, Neighbourhood, Stake, mass_after, reach, weights_of
+from p2pfl.weights import PUSH_SUM, Neighbourhood, Stake, Wiring, mass_after, reach, weights_of
 
 WAITING_LINE = 5.0  # seconds of waiting before one says for whom, and between two such lines
 OBSERVED_ROUNDS = 16  # how many lateness observations of a neighbour its patience is derived from
 PATIENCE_FACTOR = 3.0  # times the median lateness: three times slower than usual is no longer "slow as usual"
 MAX_PATIENCE = 3600.0  # seconds: who is late on purpose can delay a round by an hour, not for ever
+ANTI_ENTROPY = 10  # heartbeats between two full accounts of all members, each to one neighbour by turns
+MAX_TOLD = 128  # members in one message
 MAX_MASS = 2.0**53  # no data set has more rows, nor have all together; and the sum of all masses stays finite
 
 
@@ -72,7 +81,12 @@ class Settings:
     neighbours: tuple[str, ...] = ()  # those that are known by name at the start
     unnamed: int = 0  # peers that are only known by address until they say who they are
     open: bool = False  # whether whoever links is a neighbour, or only those in `neighbours`
-    neighbourhood: Callable[[int], Neighbourhood] | None = None  # of a round; None: every neighbour, both ways
+    neighbourhood: Callable[[int], Neighbourhood] | None = None  # of a round, whoever lives; None: every neighbour
+    members: tuple[str, ...] = ()  # all who may live, if there is a graph over them; else there are only neighbours
+    wiring: Callable[[tuple[str, ...]], Wiring] | None = None  # the graph over those who live; None: no such graph
+    address: str = ""  # where this node listens, for those who become its neighbours later
+    epoch: int = 1
+    suspicion: float = 10.0  # from the first suspicion to death and a new graph, if nothing newer is heard
     drift: int = 1  # rounds that the graph lets two neighbours come apart: more than 1 if it changes between rounds
     weights: str = "metropolis"
     two_way: bool = False  # fold an update only once its sender confirmed ours of the same round
@@ -99,11 +113,15 @@ class Neighbour:
     epoch: int = 0
     mass: float | None = None  # None until its first hello
     round: int = 0  # the newest that it claims to work on
+    ahead_since: float | None = None  # since when that is later than the round that we work on
+    offered: int = -1  # the newest round of which it began to send its update
+    view: int = 0  # on which graph: a digest of those who live, as it sees it
     heard: int = -1  # the newest round of which its verified update came
     confirmed: int = -1  # the newest round of which it said that our update came
     updates: dict[int, Update] = field(default_factory=dict)  # verified, not yet folded
     last_sign: float = 0.0  # when anything valid came
     down_since: float = 0.0  # when its link broke
+    sought_since: float | None = None  # when a link was asked for that never stood since
     gone_after: int | None = None  # it said goodbye: its updates of rounds below this one were sent
     lateness: deque[float] = field(default_factory=lambda: deque(maxlen=OBSERVED_ROUNDS))
 
@@ -136,6 +154,13 @@ def catch_up_round(own: int, claims: Sequence[int], ahead: float = 1) -> int:
     return median if median > own + ahead else own
 
 
+def view_of(members: Sequence[str], all_members: Sequence[str]) -> int:
+    """A digest of who lives, 32 bits: 0 for all members."""
+    if len(members) == len(all_members):
+        return 0
+    return zlib.crc32("\n".join(members).encode()) or 1
+
+
 class Node:
     """One peer. Feed it events with `handle`, perform what it returns, wake it at `deadline`."""
 
@@ -151,11 +176,25 @@ class Node:
         self._now = now  # time of the event in hand, or of the last one
         self._effects: list[Effect] = []  # of the event in hand
         self._waiting_since = now
+        self._waited_from = settings.first_round  # since it started, or caught up: for earlier rounds it did not wait
         self._next_heartbeat = now + settings.heartbeat
         self._next_waiting_line = now + WAITING_LINE
         self._mass = settings.mass if settings.held_mass is None else settings.held_mass  # only push-sum changes it
         self._reach = self._mass  # of the round in progress
         self._counted: dict[str, float] = {}  # whose mass is in the reach, and which
+        self.membership: Membership | None = None
+        self._wiring: Wiring | None = None
+        if settings.neighbourhood is not None:
+            self._wiring = Wiring(settings.neighbours, settings.neighbourhood)
+        self._view, self._old_view = 0, 0  # digest of the members of the present graph, and of the one before
+        self._old_wiring: Wiring | None = None
+        self._members = settings.members
+        if settings.wiring is not None:
+            self._wiring = settings.wiring(settings.members)
+            self.membership = Membership(
+                settings.name, settings.members, settings.epoch, settings.address, settings.suspicion
+            )
+        self._beats = 0
         self._told: tuple[str, ...] | None = None  # who gets the update of the round in progress; None: everybody
         # The newest two: a neighbour may still need the one before, if it was lost when we already went on.
         self._own_updates: deque[OwnUpdate] = deque(maxlen=2)
@@ -177,11 +216,16 @@ class Node:
             case Phase.COMPUTING:
                 return self._next_heartbeat
             case Phase.JOINING | Phase.COLLECTING:
-                returns = [n.down_since + self.settings.grace for n in self._awaited() if n.alive and not n.linked]
-                return min(self._next_heartbeat, self._next_waiting_line, self._waits_until(), *returns)
+                awaited = self._awaited()
+                returns = [n.down_since + self.settings.grace for n in awaited if n.alive and not n.linked]
+                passed = [self._passed_us_by(n) for n in awaited if self.phase is Phase.COLLECTING]
+                return min(self._next_heartbeat, self._next_waiting_line, self._waits_until(), *returns, *passed)
 
     def check_offer(self, peer: str, round: int) -> None:
-        """BadMessage if an update of this round is not wanted from this peer; asked before anything is allocated."""
+        """BadMessage if an update of this round is not wanted from this peer; asked before anything is allocated.
+
+        If it is wanted, the peer is taken to have begun with it.
+        """
         neighbour = self.neighbours.get(peer)
         if neighbour is None:
             raise BadMessage("not_a_neighbour", f"{peer} is in the roster, but no neighbour of {self.settings.name}")
@@ -191,10 +235,11 @@ class Node:
             raise BadMessage("future", f"round {round} of an experiment with {self.settings.rounds}")
         if round > self._horizon():
             raise BadMessage("future", f"round {round}, when {self.settings.name} and most others are at {self.round}")
-        if peer not in self._part(round).hears:
+        if peer not in self._part(round).hears and neighbour.view == self._view:  # else it sees other members living
             raise BadMessage("not_a_neighbour", f"the graph of round {round} has no edge from {peer} to here")
         if len(neighbour.updates) >= 2:
             raise BadMessage("busy", f"{len(neighbour.updates)} updates of {peer} wait to be folded")
+        neighbour.offered = max(neighbour.offered, round)
 
     def awaited(self) -> tuple[str, ...]:
         """Whom this node waits for at the moment."""
@@ -226,8 +271,12 @@ class Node:
                 match message:
                     case Update():
                         self._update(peer, message)
-                    case Heartbeat(round):
+                    case Heartbeat(round, view):
                         self._claim(peer, round)
+                        if peer in self.neighbours:
+                            self.neighbours[peer].view = view
+                    case Gossip(records, hints):
+                        self._gossip(peer, records, hints)
                     case Receipt(round):
                         self._receipt(peer, round)
                     case Goodbye(round, reason):
@@ -255,10 +304,16 @@ class Node:
         if deadline is None or now - deadline <= self.settings.silence / 2:
             return
         pause = now - self._now
+        if self.membership is not None:
+            self.membership.stalled(now, pause)
         self._waiting_since += pause
         for neighbour in self.neighbours.values():
             neighbour.last_sign += pause
             neighbour.down_since += pause
+            if neighbour.ahead_since is not None:
+                neighbour.ahead_since += pause
+            if neighbour.sought_since is not None:
+                neighbour.sought_since += pause
 
     def _link_up(self, event: LinkUp) -> None:
         if event.mass != 1.0 if self.settings.equal_masses else not 0 < event.mass <= MAX_MASS:
@@ -266,7 +321,8 @@ class Node:
             self._rejected(Rejected(event.peer, "bad_mass", f"it weighs {event.mass}; allowed is {allowed}"))
             return
         if event.peer not in self.neighbours:
-            if not self.settings.open:
+            # A member may see a new graph, in which it is a neighbour, before this node does.
+            if not self.settings.open and event.peer not in self.settings.members:
                 return
             self.neighbours[event.peer] = Neighbour(event.peer)
             self.neighbours = dict(sorted(self.neighbours.items()))
@@ -274,11 +330,18 @@ class Node:
         back, same_process = neighbour.epoch > 0, neighbour.epoch == event.epoch
         if event.epoch > neighbour.epoch:  # a new start of its process: what the old one said no longer counts
             neighbour.round, neighbour.heard, neighbour.confirmed, neighbour.gone_after = 0, -1, -1, None
+            neighbour.offered, neighbour.ahead_since = -1, None
             neighbour.updates.clear()
-        neighbour.linked = neighbour.alive = True
+        neighbour.linked, neighbour.alive, neighbour.sought_since = True, True, None
         neighbour.epoch, neighbour.mass, neighbour.last_sign = event.epoch, event.mass, self._now
+        if neighbour.ahead_since is not None:  # it may have to send again what it had begun with
+            neighbour.ahead_since, neighbour.offered = self._now, min(neighbour.offered, self.round - 1)
         self._claim(event.peer, event.round)
         self._note("returned" if back else "joined", peer=event.peer, epoch=event.epoch)
+        if self.membership is not None:
+            self._changed(self.membership.sign_of_life(event.peer))
+            self._send((event.peer,), Heartbeat(self.round, self._view))
+            self._tell_all((event.peer,))
         self._send_again(event, 2 if same_process else 1)
 
     def _send_again(self, event: LinkUp, newest: int) -> None:
@@ -307,6 +370,8 @@ class Node:
         if not neighbour.alive:
             neighbour.alive = True
             self._note("returned", peer=peer, epoch=neighbour.epoch)
+            if self.membership is not None:
+                self._changed(self.membership.sign_of_life(peer))
 
     def _update(self, peer: str, update: Update) -> None:
         try:
@@ -319,7 +384,8 @@ class Node:
         neighbour = self.neighbours[peer]
         neighbour.heard = update.round
         self._claim(peer, update.round)
-        neighbour.lateness.append(self._lateness(neighbour, update.round))
+        if update.round >= self._waited_from:
+            neighbour.lateness.append(self._lateness(neighbour, update.round))
         if self._push_sum and not (update.mass <= MAX_MASS and update.reach >= 1):
             why = f"round {update.round} is cut into {update.reach} portions of a mass of {update.mass}"
             self._rejected(Rejected(peer, "bad_mass", why))
@@ -349,6 +415,8 @@ class Node:
                 waited = self.phase is Phase.COLLECTING
                 neighbour.lateness.append(self._now - self._waiting_since if waited else 0.0)
             neighbour.round = round
+            if round > self.round and neighbour.ahead_since is None:
+                neighbour.ahead_since = self._now
 
     def _receipt(self, peer: str, round: int) -> None:
         neighbour = self.neighbours.get(peer)
@@ -360,6 +428,8 @@ class Node:
         if neighbour is not None and neighbour.gone_after is None:
             neighbour.gone_after = round
             self._note("left", peer=peer, reason=reason, round=round)
+            if self.membership is not None and reason == "leaving":
+                self._changed(self.membership.left(peer))
 
     def _rejected(self, event: Rejected) -> None:
         verdict = self.conduct.rejected(event.peer, event.code, self._now)
@@ -407,6 +477,8 @@ class Node:
         self.phase = Phase.DONE
         sent = self._own_updates[-1].update.round + 1 if self._own_updates else 0
         self._goodbye_message = Goodbye(sent, "finished" if finished else "leaving")
+        if self.membership is not None and not finished:
+            self._send(self._listeners(), Gossip((self.membership.leave(),), ()))
         self._send(self._listeners(), self._goodbye_message)
         self._note("finished" if finished else "left", round=sent)
         self._effects.append(Done(finished))
@@ -416,7 +488,12 @@ class Node:
     def _heartbeat(self) -> None:
         if self._now >= self._next_heartbeat:
             self._next_heartbeat = self._now + self.settings.heartbeat
-            self._send(self._listeners(), Heartbeat(self.round))
+            listeners = self._listeners()
+            self._send(listeners, Heartbeat(self.round, self._view))
+            self._beats += 1
+            if self.membership is not None and listeners and self._beats % ANTI_ENTROPY == 0:
+                turn = self._beats // ANTI_ENTROPY % len(listeners)
+                self._tell_all(listeners[turn : turn + 1])
 
     def _listen_for_silence(self) -> None:
         silence, grace = self.settings.silence, self.settings.grace
@@ -432,6 +509,14 @@ class Node:
             neighbour.alive = False
             if neighbour.gone_after is None:
                 self._note("died", peer=neighbour.name, why=why)
+                self._doubt(neighbour.name, why)
+        if self.membership is None:
+            return
+        for neighbour in self.neighbours.values():
+            if neighbour.sought_since is not None and self._now >= neighbour.sought_since + silence:
+                neighbour.sought_since = None
+                self._doubt(neighbour.name, f"no link to it within {silence:g} s")
+        self._changed(self.membership.pass_time(self._now))
 
     def _say_why_waiting(self) -> None:
         if self.phase not in (Phase.JOINING, Phase.COLLECTING) or self._now < self._next_waiting_line:
@@ -464,8 +549,8 @@ class Node:
 
     def _part(self, round: int) -> Neighbourhood:
         """Whom this node hears and tells in a round."""
-        if self.settings.neighbourhood is not None:
-            return self.settings.neighbourhood(round)
+        if self._wiring is not None:
+            return self._wiring.part(round)
         names = tuple(self.neighbours)
         return Neighbourhood(dict.fromkeys(names), names)
 
@@ -479,14 +564,29 @@ class Node:
             return False
         if self._only_hears_us(neighbour.name):  # or we would run away from it, and it has no room for what we send
             return neighbour.gone_after is None and neighbour.round < self.round
-        if neighbour.name not in self._part(self.round).hears:
+        if neighbour.name not in self._part(self.round).hears or not self._tells_us(neighbour):
             return False
         if neighbour.heard >= self._needed:
             unconfirmed = self.round in neighbour.updates and not self._may_fold(neighbour)
             return unconfirmed and neighbour.gone_after is None
+        if self._now >= self._passed_us_by(neighbour):
+            return False
         if neighbour.gone_after is not None:  # its last update may be under way, or come again within the grace
             return neighbour.gone_after > self._needed
         return neighbour.round <= self._horizon()  # or else what it sends next is too new for us
+
+    def _passed_us_by(self, neighbour: Neighbour) -> float:
+        """When it is clear that it sent us no update of this round: it went on long ago, and did not even begin."""
+        if neighbour.ahead_since is None or neighbour.offered >= self.round or self.settings.staleness > 0:
+            return math.inf
+        return max(neighbour.ahead_since, self._waiting_since) + self.settings.grace
+
+    def _tells_us(self, neighbour: Neighbour) -> bool:
+        """Whether its graph of this round has the edge as well: it sees the same members, or still those of before."""
+        if neighbour.view == self._view:
+            return True
+        before = self._old_wiring.part(self.round).hears if self._old_wiring is not None else {}
+        return neighbour.view == self._old_view and neighbour.name in before
 
     def _may_fold(self, neighbour: Neighbour) -> bool:
         """The two-way-live rule: an edge counts if both ends have the other's update, and know it."""
@@ -525,6 +625,8 @@ class Node:
         missing = tuple(n.name for n in self.neighbours.values() if not n.linked)
         if missing:
             self._note("absent", peers=missing)
+            for name in missing:
+                self._doubt(name, "it never came")
         if not any(n.linked for n in self.neighbours.values()):
             self._note("alone")
         self._compute(self.round, ())
@@ -576,28 +678,97 @@ class Node:
         for neighbour in self.neighbours.values():
             neighbour.updates.clear()
         self._note("caught_up", behind=self.round, round=target)
+        self._waited_from = target
         self._trained = None  # the round that is skipped has no record
         self._compute(target, contributions)
 
     def _compute(self, round: int, contributions: tuple[Contribution, ...]) -> None:
         # Degrees and masses change only here, between two rounds, and travel in the signed manifest: so both ends of
         # an edge derive its weight from the same numbers.
+        self._rewire()
         part = self._part(round)
         masses = {n.name: n.mass for n in self.neighbours.values() if n.name in part.hears}
         self._counted = {name: mass for name, mass in masses.items() if mass is not None}
-        self._told = part.tells if self.settings.neighbourhood is not None else None
+        self._told = part.tells if self._wiring is not None else None
         self._reach = reach([self._mass, *self._counted.values()])
         if self._push_sum:  # mass that is sent to somebody who is not there would be lost
             self._told = tuple(name for name in self._listeners() if name in part.tells)
             self._reach = 1.0 + len(self._told)
         self.round = round
+        for neighbour in self.neighbours.values():
+            neighbour.ahead_since = self._now if neighbour.round > round else None
         self.phase = Phase.COMPUTING
-        self._send(tuple(n for n in self._listeners() if n in part.hears and n not in part.tells), Heartbeat(round))
+        self._send(
+            tuple(n for n in self._listeners() if n in part.hears and n not in part.tells), Heartbeat(round, self._view)
+        )
         train = round < self.settings.rounds
         if train and round > self.settings.first_round and round % self.settings.checkpoint_every == 0:
             self._effects.append(Save(round))
         step = self.settings.mass / self._mass
         self._effects.append(Compute(round, contributions, self._mass, self._reach, train, step))
+
+    # -- Who lives ---------------------------------------------------------------------------------------------------
+
+    def _doubt(self, name: str, why: str) -> None:
+        if self.membership is not None:
+            self._changed(self.membership.suspect(name, why, self._now))
+
+    def _gossip(self, peer: str, records: Sequence[MemberRecord], hints: Sequence[Hint]) -> None:
+        if self.membership is None:
+            return
+        fresh = [n.name for n in self.neighbours.values() if n.linked and n.alive]
+        heard = self.membership.heard(records, hints, fresh, self._now)
+        self._changed(heard.changes)
+        if heard.news or heard.believed:  # each node passes a piece of news on once, so that it dies out
+            others = tuple(name for name in self._listeners() if name != peer or self.membership.own in heard.news)
+            self._send(others, Gossip(heard.news, heard.believed))
+        for hint in heard.doubted:
+            self._send((hint.name,), Gossip((), (hint,)))
+
+    def _changed(self, changes: Sequence[Change]) -> None:
+        """Say what is now known of members, and spread a doubt of one's own."""
+        assert self.membership is not None
+        for change in changes:
+            if change.after is Standing.SUSPECT and change.why != OTHERS:
+                doubts = tuple(hint for hint in self.membership.hints() if hint.name == change.name)
+                self._send(self._listeners(), Gossip((), doubts))
+            if change.after in (Standing.DEAD, Standing.LEFT):
+                self._note("lost", peer=change.name, why=change.why or change.after.value)
+            elif change.before in (Standing.DEAD, Standing.LEFT):
+                self._note("back", peer=change.name)
+
+    def _tell_all(self, peers: tuple[str, ...]) -> None:
+        """Everything that is known of members, for those who may have missed some of it."""
+        assert self.membership is not None
+        records, hints = self.membership.records(), self.membership.hints()
+        for start in range(0, max(len(records), len(hints)), MAX_TOLD):
+            self._send(peers, Gossip(records[start : start + MAX_TOLD], hints[start : start + MAX_TOLD]))
+
+    def _rewire(self) -> None:
+        """Between two rounds: go on with the graph over those who live now."""
+        if self.membership is None or self.settings.wiring is None or self.membership.live == self._members:
+            return
+        before, self._members = self._members, self.membership.live
+        self._old_view, self._old_wiring = self._view, self._wiring
+        self._wiring = self.settings.wiring(self._members)
+        self._view = view_of(self._members, self.settings.members)
+        for name in self._wiring.neighbours:
+            if name not in self.neighbours:
+                self.neighbours[name] = Neighbour(name)
+            if not self.neighbours[name].linked:
+                self.neighbours[name].sought_since = self._now
+                self._effects.append(Connect(name, self.membership.address(name)))
+        self.neighbours = dict(sorted(self.neighbours.items()))
+        gone, back = set(before) - set(self._members), set(self._members) - set(before)
+        self._note(
+            "rewired",
+            round=self.round,
+            members=len(self._members),
+            gone=tuple(sorted(gone)),
+            back=tuple(sorted(back)),
+            neighbours=self._wiring.neighbours,
+        )
+        self._send(self._listeners(), Heartbeat(self.round, self._view))
 
     # -- Saying it ---------------------------------------------------------------------------------------------------
 

@@ -165,7 +165,7 @@ def _condemned(experiment: config.Experiment | None) -> set[str]:
     """The nodes that the experiment itself meant to kill."""
     if experiment is None:
         return set()
-    return {name for name in experiment.topology.names if experiment.fault_for(name) is not None}
+    return {name for name in experiment.topology.names if experiment.is_doomed(name)}
 
 
 def _implied(experiment: config.Experiment | None, topology: Line) -> Line:

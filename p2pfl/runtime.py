@@ -36,6 +36,7 @@ from p2pfl.messages import (
     BadMessage,
     Compute,
     Computed,
+    Connect,
     Disconnect,
     Done,
     Effect,
@@ -59,7 +60,7 @@ from p2pfl.mixing import Probe, check_vector, distance_to_mean, fold
 from p2pfl.node import Node, Settings
 from p2pfl.records import Line, NodeRecords, event_line, round_line
 from p2pfl.rng import stream
-from p2pfl.topology import Topology, describe, neighbourhoods
+from p2pfl.topology import Topology, describe, neighbourhoods, wiring
 from p2pfl.weights import mass
 
 DRAIN = 10.0  # seconds that a finished node stays to hand over its last update
@@ -299,6 +300,14 @@ class Runtime:
                 self._pending = threads.submit(self._worker.compute, effect, self._save_next)
                 self._save_next = False
                 self._pending.add_done_callback(lambda _: self._wake())
+            case Connect(peer, address):
+                # Of two, the one with the smaller name dials, so that there is one pair of connections.
+                if (
+                    address
+                    and not self.link.is_dialling(peer)
+                    and (peer > self.node.settings.name or not self.link.address)
+                ):
+                    self.link.dial(address, (peer,))
             case Disconnect(peer, seconds):
                 self.link.disconnect(peer, seconds)
             case Record(RoundEnded() as ended):
@@ -412,8 +421,16 @@ def assemble(
     found = checkpoint.read(records.checkpoint, agreed) if resume else None
     if found is not None:
         learner.restore(found.tensors)
-    weights = experiment.topology.weighting
+    weights, heals = experiment.topology.weighting, experiment.topology.heal
     own_mass = mass(weights, learner.samples)
+    greeting = Greeting(
+        experiment=agreed,
+        schema=learner.schema.digest,
+        size=learner.schema.nbytes,
+        mass=own_mass,
+        facts=facts,
+    )
+    link = Link(identity, roster, epoch, greeting, lambda peer, round: node.check_offer(peer, round), listen)
     network = experiment.network
     settings = Settings(
         name=identity.name,
@@ -421,7 +438,12 @@ def assemble(
         neighbours=tuple(sorted(neighbours)),
         unnamed=sum(dial.name is None for dial in dials),
         open=topology is None,
-        neighbourhood=None if topology is None else neighbourhoods(topology, identity.name, weights),
+        neighbourhood=None if topology is None or heals else neighbourhoods(topology, identity.name, weights),
+        members=tuple(sorted(topology.names)) if topology is not None and heals else (),
+        wiring=wiring(experiment.topology, experiment.seed, identity.name) if topology is not None and heals else None,
+        address=link.address,
+        epoch=epoch,
+        suspicion=network.suspicion,
         drift=1 if topology is None else topology.period or len(topology.names),
         weights=weights,
         two_way=experiment.mix.two_way,
@@ -438,14 +460,6 @@ def assemble(
         first_round=found.round if found is not None else 0,
     )
     node = Node(settings, time.monotonic())
-    greeting = Greeting(
-        experiment=agreed,
-        schema=learner.schema.digest,
-        size=learner.schema.nbytes,
-        mass=own_mass,
-        facts=facts,
-    )
-    link = Link(identity, roster, epoch, greeting, node.check_offer, listen)
     sealer = Sealer(identity, agreed, learner.schema.digest, learner.schema.nbytes, epoch)
     worker = Worker(learner, sealer, identity.name, records.checkpoint, agreed)
     norm = check_vector(learner.vector, None)

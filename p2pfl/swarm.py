@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -56,6 +57,15 @@ class Child:
     outcome: Line | None = None  # its last words: finished, rejected, bytes
     error: str = ""
     ended: bool = False
+    epoch: int = 1
+    suffered: int = 0  # faults of the experiment
+    introduced: bool = False  # it knows where the others listen
+    paused: bool = False
+    away: float | None = None  # seconds until it goes on, or starts again once it has ended
+
+    @property
+    def over(self) -> bool:
+        return self.ended and self.away is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,23 +99,27 @@ def up(
     roster = Roster(tuple(Member(identity.card) for identity in identities))
 
     children: list[Child] = []
-    try:
+
+    def start(index: int, epoch: int, suffered: int) -> Child:
         sys.stdout.flush()
         sys.stderr.flush()
-        for index, name in enumerate(names):
-            try:
-                ours, theirs = socket.socketpair()
-                pid = os.fork()
-            except OSError as error:
-                raise BadInput(f"cannot start node {index + 1} of {len(names)}: {error.strerror}; use fewer") from None
-            if pid == 0:
-                for pipe in (ours, *(child.pipe for child in children)):
-                    pipe.close()  # or the children would keep each other's pairs alive
-                _run_child(experiment, run, graph, identities[index], roster, index, theirs)
-            theirs.close()
-            children.append(Child(name, pid, ours))
+        try:
+            ours, theirs = socket.socketpair()
+            pid = os.fork()
+        except OSError as error:
+            raise BadInput(f"cannot start node {index + 1} of {len(names)}: {error.strerror}; use fewer") from None
+        if pid == 0:
+            for pipe in (ours, *(child.pipe for child in children)):
+                pipe.close()  # or the children would keep each other's pairs alive
+            _run_child(experiment, run, graph, identities[index], roster, index, theirs, epoch, suffered)
+        theirs.close()
+        return Child(names[index], pid, ours, epoch=epoch, suffered=suffered)
+
+    try:
+        for index in range(len(names)):
+            children.append(start(index, 1, 0))
         with _Interrupts() as interrupts:
-            _supervise(children, observe, interrupts)
+            _supervise(children, observe, interrupts, start)
     finally:
         _end_all(children)
     seconds = time.monotonic() - began
@@ -123,12 +137,14 @@ def _run_child(
     roster: Roster,
     index: int,
     pipe: socket.socket,
+    epoch: int,
+    suffered: int,
 ) -> NoReturn:
     """Be one node. Never returns into the parent's code, whatever happens."""
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says what it means
-        code = _be_node(experiment, run, graph, identity, roster, index, pipe)
+        code = _be_node(experiment, run, graph, identity, roster, index, pipe, epoch, suffered)
     except (BadInput, TrainingFailed) as error:
         _say(pipe, {"kind": "error", "why": str(error)})
     finally:
@@ -148,13 +164,19 @@ def _be_node(
     roster: Roster,
     index: int,
     pipe: socket.socket,
+    epoch: int,
+    suffered: int,
 ) -> int:
     name = identity.name
-    fault = experiment.fault_for(name)
+    faults = deque(experiment.faults_for(name)[suffered:])
 
     def before_round(round: int) -> None:
-        if fault is not None and round >= fault.round:
-            os.kill(os.getpid(), signal.SIGKILL)  # from within, so that it is that round and no later one
+        if not faults or round < faults[0].round:
+            return
+        fault = faults.popleft()
+        _say(pipe, {"kind": fault.kind, "seconds": fault.seconds})
+        # From within, so that it is that round and no later one.
+        os.kill(os.getpid(), signal.SIGSTOP if fault.kind == "pause" else signal.SIGKILL)
 
     def observe(line: Line) -> None:
         _say(pipe, {"kind": "line", "line": line})
@@ -164,23 +186,22 @@ def _be_node(
         experiment,
         identity,
         roster,
-        1,
+        epoch,
         load_part(experiment, index),
         sorted(graph.union()[name]),
         [],
         f"tcp://{HOST}:{port + index if port else 0}",
         run.node(name),
         topology=graph,
-        resume=False,
+        resume=epoch > 1,
         observe=observe,
         before_round=before_round,
     )
     _say(pipe, {"kind": "address", "address": runtime.link.address})
     addresses = json.loads(_hear(pipe))
     for neighbour in sorted(graph.union()[name]):
-        if (
-            neighbour > name and addresses[neighbour]
-        ):  # of two neighbours one dials, so that there is one pair of connections
+        # Of two neighbours one dials, so that there is one pair of connections; who starts again is sought by nobody.
+        if addresses[neighbour] and (neighbour > name or epoch > 1):
             runtime.link.dial(addresses[neighbour], (neighbour,))
     leave_on_signals(runtime)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -236,32 +257,72 @@ class _Interrupts:
         self._wake.close()
 
 
-def _supervise(children: Sequence[Child], observe: Callable[[Line], None], interrupts: _Interrupts) -> None:
-    """Introduce the nodes to each other, pass on what they report, until all have ended."""
+def _supervise(
+    children: list[Child],
+    observe: Callable[[Line], None],
+    interrupts: _Interrupts,
+    start: Callable[[int, int, int], Child],
+) -> None:
+    """Introduce the nodes to each other, pass on what they report, wake and start those that are due, to the end."""
     with selectors.DefaultSelector() as selector:
         selector.register(interrupts.pipe, selectors.EVENT_READ)
         for child in children:
             selector.register(child.pipe, selectors.EVENT_READ, child)
         introduced, leave_until = False, float("inf")
-        while alive := [child for child in children if not child.ended]:
-            if not introduced and all(child.address for child in alive):
+        due: list[tuple[float, int]] = []  # when something is due to a child, and to which
+        while not all(child.over for child in children):
+            if not introduced and all(child.address for child in children if not child.ended):
                 introduced = True
-                for child in alive:
-                    _tell(child, {other.name: other.address for other in children})
+                for child in children:
+                    _introduce(child, children)
             if interrupts.count and leave_until == float("inf"):
                 leave_until = time.monotonic() + LEAVE_SECONDS
-                for child in alive:
-                    os.kill(child.pid, signal.SIGTERM)
-            left = leave_until - time.monotonic()
-            if interrupts.count > 1 or left <= 0:
+                for index, child in enumerate(children):
+                    child.away = None
+                    if not child.ended:
+                        _wake(children, index)
+                        os.kill(child.pid, signal.SIGTERM)
+            until = min(leave_until, *(when for when, _ in due), float("inf"))
+            left = until - time.monotonic()
+            if interrupts.count > 1 or time.monotonic() >= leave_until:
                 return
-            for key, _ in selector.select(None if left == float("inf") else left):
+            for key, _ in selector.select(None if left == float("inf") else max(0.0, left)):
                 if key.fileobj is interrupts.pipe:
                     interrupts.pipe.recv(READ_BYTES)
                     continue
-                _read(key.data, observe)
-                if key.data.ended:
+                child = key.data
+                _read(child, observe)
+                if child.ended:
                     selector.unregister(key.fileobj)
+                if child.away is not None and (child.ended or child.paused):
+                    due.append((time.monotonic() + child.away, children.index(child)))
+                    child.paused = False
+                if introduced and child.address and not child.introduced:
+                    _introduce(child, children)
+            for when, index in [entry for entry in due if entry[0] <= time.monotonic()]:
+                due.remove((when, index))
+                child = children[index]
+                if child.away is None:
+                    continue
+                if not child.ended:
+                    _wake(children, index)
+                    continue
+                os.waitpid(child.pid, 0)
+                child.pipe.close()
+                children[index] = start(index, child.epoch + 1, child.suffered)
+                children[index].last_metrics = child.last_metrics
+                selector.register(children[index].pipe, selectors.EVENT_READ, children[index])
+
+
+def _wake(children: Sequence[Child], index: int) -> None:
+    children[index].away = None
+    os.kill(children[index].pid, signal.SIGCONT)
+
+
+def _introduce(child: Child, children: Sequence[Child]) -> None:
+    """Tell a child where the others listen."""
+    child.introduced = True
+    _tell(child, {other.name: other.address for other in children})
 
 
 def _tell(child: Child, message: Line) -> None:
@@ -291,6 +352,10 @@ def _read(child: Child, observe: Callable[[Line], None]) -> None:
                 observe(message["line"])
             case "outcome":
                 child.outcome = message
+            case "restart" | "pause" | "kill":
+                child.suffered += 1
+                child.away = message["seconds"] if message["kind"] != "kill" else None
+                child.paused = message["kind"] == "pause"
             case "error":
                 child.error = message["why"]
 
@@ -343,7 +408,7 @@ def _conclude(
         topology=facts,
     )
     write_json(run.summary, summary)
-    meant = {child.name for child in children if experiment.fault_for(child.name) is not None}
+    meant = {child.name for child in children if experiment.is_doomed(child.name)}
     failed = tuple(child.name for child in children if child.name not in finished and child.name not in meant)
     return Outcome(summary, failed, {child.name: child.error for child in children if child.error})
 

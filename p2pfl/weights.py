@@ -28,7 +28,7 @@ The others (`max-degree`, `best-constant`, `fastest`, `given`) follow from the w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from p2pfl.config import FROM_WHOLE_GRAPH as FROM_WHOLE_GRAPH
@@ -50,6 +50,14 @@ class Neighbourhood:
 
     hears: Mapping[str, float | None]  # who sends to it → the weight that it gets, if that follows from the whole graph
     tells: tuple[str, ...]  # whom it sends to, sorted
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """One node's part of the graph over those who live."""
+
+    neighbours: tuple[str, ...]  # whom it hears or tells in any round, sorted
+    part: Callable[[int], Neighbourhood]  # of a round
 
 
 def mass(weights: str, samples: int) -> float:

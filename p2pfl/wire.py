@@ -25,9 +25,12 @@ from p2pfl.messages import (
     Chunk,
     Describe,
     Goodbye,
+    Gossip,
     Grant,
     Heartbeat,
     Hello,
+    Hint,
+    MemberRecord,
     Offer,
     Receipt,
     Refused,
@@ -39,7 +42,11 @@ MAX_MANIFEST = 4 * 1024  # bytes
 CHUNK = 1 << 20  # bytes of parameters in one chunk
 TAG = 16  # bytes that sealing adds to a chunk
 MAX_FRAME = CHUNK + TAG + 64  # bytes; the socket refuses larger frames, and counts 33 of CURVE's own to each
+MAX_GOSSIPED = 128  # records, and hints, in one message
+MAX_ENTRY = 512  # bytes of one record or hint: two names and two numbers
+SIGNATURE = 64  # bytes
 MAX_FACTS = 48 * 1024  # bytes of a description, well below MAX_HEADER
+MAX_ADDRESS = 262  # characters: tcp://, a host name of at most 253, a port
 MAX_FACT = 400  # characters of a name or a value in a description: what differs goes into a log line
 
 Field = str | int | float | bool | bytes | Mapping[str, str]
@@ -73,6 +80,10 @@ def _flag(value: object) -> bool:
     return type(value) is bool
 
 
+def _address(value: object) -> bool:
+    return type(value) is str and len(value) <= MAX_ADDRESS and value.isprintable()
+
+
 def _facts(value: object) -> bool:
     return isinstance(value, dict) and all(type(v) is str and max(len(k), len(v)) <= MAX_FACT for k, v in value.items())
 
@@ -101,17 +112,20 @@ _TYPES: dict[int, tuple[type[WireMessage], dict[str, Check]]] = {
         },
     ),
     2: (Describe, {FACTS: _facts}),
-    3: (Heartbeat, {"round": _ROUND}),
+    3: (Heartbeat, {"round": _ROUND, "view": _integer(0, 2**32 - 1)}),
     4: (Grant, {"round": _ROUND, "chunks": _integer(1, 2**31)}),
     5: (Refused, {"round": _ROUND, "code": _name}),
     6: (Goodbye, {"round": _ROUND, "reason": _word("finished", "leaving")}),
     7: (Receipt, {"round": _ROUND}),
+    8: (Gossip, {"records": _integer(0, MAX_GOSSIPED), "hints": _integer(0, MAX_GOSSIPED)}),
     16: (Offer, {"signature": _bytes(64), "key": _bytes(32)}),
     17: (Chunk, {"round": _ROUND, "index": _integer(0, 2**31)}),
 }
 _NUMBERS = {kind: number for number, (kind, _) in _TYPES.items()}
+_HINT: dict[str, Check] = {"name": _name, "epoch": _integer(0, MAX_EPOCH), "incarnation": _integer(0, MAX_ROUND)}
+_RECORD = _HINT | {"epoch": _integer(1, MAX_EPOCH), "address": _address, "leaving": _flag}
 _BODIES = {Offer: "manifest", Chunk: "sealed"}  # the field that travels as the body
-_BODY_LIMITS = {Offer: MAX_MANIFEST, Chunk: CHUNK + TAG}
+_BODY_LIMITS = {Offer: MAX_MANIFEST, Chunk: CHUNK + TAG, Gossip: MAX_GOSSIPED * (MAX_ENTRY + 2 + SIGNATURE)}
 
 
 # -- Encode ----------------------------------------------------------------------------------------------------------
@@ -122,6 +136,8 @@ def encode(message: WireMessage) -> tuple[bytes, memoryview | bytes]:
     kind = type(message)
     _, checks = _TYPES[_NUMBERS[kind]]
     header: dict[str, Field] = {"type": _NUMBERS[kind]}
+    if isinstance(message, Gossip):
+        return pack(header | {"records": len(message.records), "hints": len(message.hints)}), _gossip_body(message)
     for key in checks:
         header[key] = getattr(message, key)
     if isinstance(message, Describe):
@@ -142,6 +158,36 @@ def _shortened(facts: Mapping[str, str]) -> dict[str, str]:
             break
         short[key] = value if len(value) <= MAX_FACT else value[: MAX_FACT - 1] + "…"
     return short
+
+
+def statement(record: MemberRecord) -> bytes:
+    """The bytes that the owner of a record signs."""
+    return pack({key: getattr(record, key) for key in _RECORD})
+
+
+def _gossip_body(gossip: Gossip) -> bytes:
+    """One entry after the other: its length as two bytes, a map, and after a record's map its signature."""
+    entries = [(statement(record), record.signature) for record in gossip.records]
+    entries += [(pack({key: getattr(hint, key) for key in _HINT}), b"") for hint in gossip.hints]
+    return b"".join(len(text).to_bytes(2, "big") + text + signature for text, signature in entries)
+
+
+def _read_gossip(body: memoryview | bytes, records: int, hints: int) -> Gossip:
+    entries: list[tuple[dict[str, object], bytes]] = []
+    rest = memoryview(body)
+    for signature, checks in [(SIGNATURE, _RECORD)] * records + [(0, _HINT)] * hints:
+        size = int.from_bytes(rest[:2], "big")
+        entry, rest = rest[2 : 2 + size], rest[2 + size :]
+        if not 0 < size <= MAX_ENTRY or len(entry) != size or len(rest) < signature:
+            raise BadMessage("bad_body", "a record of a member that ends too early, or is too long")
+        fields = unpack(entry)
+        check_fields("record", fields, checks)
+        entries.append((fields, bytes(rest[:signature])))
+        rest = rest[signature:]
+    if len(rest):
+        raise BadMessage("bad_body", f"{len(rest)} bytes after the last record")
+    found = tuple(MemberRecord(**fields, signature=proof) for fields, proof in entries[:records])  # type: ignore[arg-type]
+    return Gossip(found, tuple(Hint(**fields) for fields, _ in entries[records:]))  # type: ignore[arg-type]
 
 
 def pack(fields: Mapping[str, Field]) -> bytes:
@@ -171,6 +217,8 @@ def decode(header: memoryview | bytes, body: memoryview | bytes) -> WireMessage:
     limit = _BODY_LIMITS.get(kind, 0)
     if len(body) > limit or (limit and not len(body)):
         raise BadMessage("bad_body", f"{kind.__name__} with a body of {len(body)} bytes; 1 to {limit} are allowed")
+    if kind is Gossip:
+        return _read_gossip(body, int(str(fields["records"])), int(str(fields["hints"])))
     if kind is Offer:
         fields["manifest"] = bytes(body)
     elif kind is Chunk:

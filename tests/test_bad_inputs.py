@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import zmq
 from links import (
+    EXPERIMENT,
     LOOPBACK,
     WITHIN,
     Attacker,
@@ -43,7 +44,7 @@ from zmq.utils import z85
 from p2pfl import topology
 from p2pfl.config import Experiment, validate
 from p2pfl.data import load_part
-from p2pfl.envelope import SIGNING_CONTEXT, Sealed
+from p2pfl.envelope import SIGNING_CONTEXT, Sealed, sign_record
 from p2pfl.identity import Card, Identity, Roster, load, parse_address, save
 from p2pfl.link import MAX_UNDELIVERED
 from p2pfl.messages import (
@@ -51,10 +52,14 @@ from p2pfl.messages import (
     BadInput,
     Chunk,
     Describe,
+    Gossip,
     Grant,
     Heartbeat,
+    Hint,
     LinkUp,
+    MemberRecord,
     Offer,
+    Received,
     Rejected,
     check_name,
     printable,
@@ -870,6 +875,51 @@ def test_42_few_nodes_and_many() -> None:
         assert topology.build(section, 0).at(0).number_of_edges() == edges
     with pytest.raises(BadInput, match="fewer nodes or more rows"):
         load_part(validate({"topology": {"graph": "ring", "nodes": 5000}}, "the test"), 0)
+
+
+def gossip_of(victim: Party) -> list[Gossip]:
+    return [event.message for event in victim.all(Received) if isinstance(event.message, Gossip)]
+
+
+def test_27_a_record_that_its_member_never_made() -> None:
+    """Signed by another, for another federation, or changed after; what is genuine beside it is lost with it."""
+    with parties(IDS, only=("victim",)) as p, Attacker(IDS["mallory"], IDS["victim"], p["victim"].link.address) as m:
+        victim = p["victim"]
+        m.join()
+        until(lambda: victim.is_up("mallory"), victim)
+        claim = MemberRecord("honest", 2, 0, "tcp://10.0.0.1:7000")
+        genuine = sign_record(claim, IDS["honest"], EXPERIMENT)
+        forged = [
+            sign_record(claim, IDS["mallory"], EXPERIMENT),
+            sign_record(claim, IDS["honest"], bytes(32)),
+            replace(genuine, leaving=True),
+            replace(genuine, incarnation=1),
+            replace(genuine, address="tcp://10.6.6.6:7000"),
+        ]
+        for bad in forged:
+            m.say("control", Gossip((sign_record(MemberRecord("mallory", 1, 1), IDS["mallory"], EXPERIMENT), bad), ()))
+        until(lambda: victim.codes().count("bad_record") == len(forged), victim)
+        assert gossip_of(victim) == []
+        for _ in range(2):  # the second time its signature is known to hold
+            m.say("control", Gossip((genuine,), ()))
+        until(lambda: len(gossip_of(victim)) == 2, victim)
+        assert gossip_of(victim) == [Gossip((genuine,), ())] * 2
+        m.say("control", Gossip((replace(genuine, leaving=True),), ()))
+        until(lambda: victim.codes().count("bad_record") == len(forged) + 1, victim)
+
+
+def test_28_invented_members() -> None:
+    with parties(IDS, only=("victim",)) as p, Attacker(IDS["mallory"], IDS["victim"], p["victim"].link.address) as m:
+        victim = p["victim"]
+        m.join()
+        until(lambda: victim.is_up("mallory"), victim)
+        stranger = identities("stranger")["stranger"]
+        for start in range(0, 1000, 100):
+            names = [f"sybil-{number}" for number in range(start, start + 100)]
+            records = tuple(sign_record(MemberRecord(name, 1, 0), stranger, EXPERIMENT) for name in names)
+            m.say("control", Gossip(records, tuple(Hint(name, 1, 0) for name in names)))
+        until(lambda: victim.codes().count("unknown_member") == 1000, victim)
+        assert set(gossip_of(victim)) == {Gossip((), ())}
 
 
 # -- Rows about what must never be seen ------------------------------------------------------------------------------

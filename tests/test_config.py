@@ -60,8 +60,8 @@ def write(folder: Path, text: str) -> Path:
 def test_the_file_of_the_contract_is_taken(tmp_path: Path) -> None:
     experiment = load(write(tmp_path, CONTRACT))
     assert experiment.topology.names == tuple(f"node-{i}" for i in range(8))
-    assert experiment.fault_for("node-3") is not None
-    assert experiment.fault_for("node-4") is None
+    assert [fault.round for fault in experiment.faults_for("node-3")] == [5]
+    assert experiment.is_doomed("node-3") and not experiment.is_doomed("node-4")
 
 
 def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:

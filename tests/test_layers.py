@@ -19,6 +19,7 @@ LIBRARIES = {
     "rng": {"numpy"},
     "weights": set(),
     "conduct": set(),
+    "membership": set(),
     "node": set(),
     "topology": {"networkx", "numpy", "scipy"},  # a folder; its own order stands in FOLDERS
     "mixing": {"torch", "numpy"},

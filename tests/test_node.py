@@ -9,7 +9,7 @@ import heapq
 import itertools
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import networkx as nx
@@ -24,6 +24,7 @@ from p2pfl.messages import (
     BadMessage,
     Compute,
     Computed,
+    Connect,
     Contribution,
     Disconnect,
     Done,
@@ -51,7 +52,7 @@ from p2pfl.messages import (
     Value,
 )
 from p2pfl.node import MAX_MASS, MAX_PATIENCE, Node, Phase, Settings, catch_up_round, patience
-from p2pfl.topology import Topology, build, neighbourhoods
+from p2pfl.topology import Topology, build, neighbourhoods, wiring
 from p2pfl.topology.matrix import mixing_matrix
 from p2pfl.weights import Neighbourhood
 
@@ -319,6 +320,18 @@ def test_a_silent_neighbour_dies_though_its_link_stands_and_returns_with_its_fir
     ticks(silent, 6.0)
     returned = said("returned", peer="b", epoch=1)
     assert silent.handle(Received("b", Heartbeat(1)), 6.5) == [returned]
+
+
+def test_who_went_on_without_beginning_to_send_is_given_one_grace_and_who_began_its_patience() -> None:
+    for began in (False, True):
+        node = collecting(round=1, grace=1.0, patience=50.0)
+        node.handle(got("a", 1), 0.25)
+        if began:
+            node.check_offer("b", 1)  # its chunks are on their way, and its heartbeat has overtaken them
+        assert node.handle(Received("b", Heartbeat(2)), 0.5) == []
+        assert node.deadline == (5.0 if began else 1.5)
+        assert node.handle(Tick(), math.nextafter(1.5, 0)) == []
+        assert node.handle(Tick(), 1.5) == ([] if began else [compute(2, folded("a", round=1))])
 
 
 @pytest.mark.parametrize(("seen", "lost"), [(-1, (0, 1)), (0, (1,)), (1, ()), (2, ())])
@@ -846,9 +859,12 @@ class Network:
     """Several nodes against each other. A link keeps its order; what is under way when it breaks is lost."""
 
     def __init__(
-        self, graph: nx.Graph | Topology, values: Mapping[str, float], seed: int = 0, **common: object
+        self, graph: nx.Graph | Topology | TopologySection, values: Mapping[str, float], seed: int = 0, **common: object
     ) -> None:
+        self.section = graph if isinstance(graph, TopologySection) else None
+        graph = build(graph, 0) if isinstance(graph, TopologySection) else graph
         self.topology = graph if isinstance(graph, Topology) else None
+        self.apart: set[frozenset[str]] = set()  # pairs between which nothing passes
         self.graph, self.peers, self.now = graph.union() if isinstance(graph, Topology) else graph, {}, 0.0
         self.common, self.random = {"rounds": 5, "join_timeout": 60.0, **common}, random.Random(seed)
         self.values, self.compute_seconds = dict(values), dict.fromkeys(values, 1.0)
@@ -857,6 +873,7 @@ class Network:
         self.lose: Callable[[str, str, Message], bool] = lambda sender, receiver, message: False
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
+        self._sought: set[tuple[str, str]] = set()  # pairs that one of the two dials until it succeeds
         self._links: dict[frozenset[str], int] = {}  # those that stand, each with its own number
         self._arrival: dict[tuple[str, str], float] = {}
         self._seen: dict[tuple[str, str], int] = {}  # (receiver, sender) → newest round that came whole
@@ -869,19 +886,35 @@ class Network:
         if self.topology is not None:
             drift = self.topology.period or len(self.topology.names)
             known = replace(known, neighbourhood=neighbourhoods(self.topology, name, known.weights), drift=drift)
+        if self.section is not None:
+            names = tuple(sorted(self.section.names))
+            known = replace(known, members=names, wiring=wiring(self.section, 0, name), neighbourhood=None, epoch=epoch)
         self.peers[name] = Peer(Node(known, self.now), self.values[name], epoch)
         self._seen = {pair: seen for pair, seen in self._seen.items() if name not in pair}
-        for other in self.graph[name]:
-            if other in self.peers:
+        for other in self.graph:
+            if other in self.graph[name] or (min(name, other), max(name, other)) in self._sought:
                 self.join(name, other)
         self._handle(name, Tick())
 
     def kill(self, name: str) -> None:
         del self.peers[name]
-        for other in self.graph[name]:
+        for other in self.graph:
             self.cut(name, other)
 
+    def part(self, *groups: str) -> None:
+        """From now on nothing passes between these groups; without any, everything does again, once it is dialled."""
+        self.apart = {frozenset((a, b)) for g, h in itertools.combinations(groups, 2) for a in g for b in h}
+        for pair in self.apart:
+            self.cut(*pair)
+        if not groups:
+            for a, b in sorted(self._sought):
+                self.join(a, b)
+
     def join(self, a: str, b: str) -> None:
+        self._sought.add((min(a, b), max(a, b)))
+        pair = frozenset((a, b))
+        if pair in self.apart or pair in self._links or not {a, b} <= self.peers.keys():
+            return
         self._links[frozenset((a, b))] = next(self._count)
         for here, there in ((a, b), (b, a)):
             peer, seen = self.peers[there], self._seen.get((there, here), -1)
@@ -936,6 +969,8 @@ class Network:
                         self._deliver(name, receiver, Received(name, message))
                 case Compute():
                     self._compute(name, effect)
+                case Connect(peer):
+                    self.join(name, peer)
 
     def _compute(self, name: str, job: Compute) -> None:
         peer = self.peers[name]
@@ -965,7 +1000,7 @@ def ring(n: int) -> nx.Graph:
     return nx.relabel_nodes(nx.cycle_graph(n), dict(enumerate("abcdefghij"[:n])))
 
 
-def started(network: Network, order: str, gap: float = 0.0) -> Network:
+def started(network: Network, order: Sequence[str], gap: float = 0.0) -> Network:
     for i, name in enumerate(order):
         network.at(i * gap, lambda name=name: network.start(name))  # type: ignore[misc]
     return network
@@ -1256,6 +1291,88 @@ def test_where_the_graph_changes_a_death_costs_one_grace_and_who_starts_again_ca
     assert [n for _, n, _ in network.said("caught_up")] == ["c"]
     ends = {n: t for t, n, e in network.trace if isinstance(e, Done)}
     assert max(ends.values()) - min(ends.values()) < 5.0
+
+
+# -- Survivors rewire ------------------------------------------------------------------------------------------------
+
+
+def section(graph: str, nodes: int = 8, **keys: object) -> TopologySection:
+    return TopologySection.model_validate({"graph": graph, "nodes": list("abcdefghijklmnop"[:nodes]), **keys})
+
+
+def last_fold(network: Network, name: str) -> Compute:
+    return [e for _, n, e in network.trace if n == name and isinstance(e, Compute)][-1]
+
+
+@pytest.mark.parametrize("victim", "adh")
+def test_survivors_of_a_ring_close_it_and_pay_one_grace(victim: str) -> None:
+    values = {name: float(i) for i, name in enumerate("abcdefgh")}
+    ends = {}
+    for killed in (False, True):
+        network = started(Network(section("ring"), values, rounds=60), "abcdefgh")
+        if killed:
+            network.at(8.3, lambda network=network: network.kill(victim))  # type: ignore[misc]
+        network.run()
+        ends[killed] = {n: t for t, n, e in network.trace if isinstance(e, Done) and e.finished}
+    alive = "abcdefgh".replace(victim, "")
+    assert set(ends[True]) == set(alive)
+    assert max(ends[True].values()) <= max(ends[False].values()) + 1.0 + 0.5  # one grace, and other delays drawn
+    for i, name in enumerate(alive):
+        around = {alive[i - 1], alive[(i + 1) % 7]}
+        assert {c.peer for c in last_fold(network, name).contributions} == around
+        assert all(c.weight == pytest.approx(1 / 3) for c in last_fold(network, name).contributions)
+    rewired = network.said("rewired")
+    assert {n for _, n, _ in rewired} == set(alive) and len(rewired) == 7
+    assert all(h.fields["gone"] == (victim,) and 18.0 < t < 22.0 for t, _, h in rewired)  # suspicion: 10 s
+    assert not network.said("rejected")
+
+
+def test_a_member_that_starts_again_gets_its_place_back() -> None:
+    network = started(Network(section("ring"), dict.fromkeys("abcdefgh", 1.0), rounds=90), "abcdefgh")
+    network.at(8.3, lambda: network.kill("c"))
+    network.at(40.0, lambda: network.start("c", epoch=2))
+    network.run()
+    assert {n for _, n, e in network.trace if isinstance(e, Done) and e.finished} == set("abcdefgh")
+    assert [n for _, n, _ in network.said("caught_up")] == ["c"]
+    back = [n for _, n, h in network.said("rewired") if h.fields["back"] == ("c",)]
+    assert sorted(back) == list("abdefgh")
+    for name, around in (("b", "ac"), ("c", "bd"), ("d", "ce")):
+        assert {c.peer for c in last_fold(network, name).contributions} == set(around)
+
+
+def test_both_sides_of_a_cut_go_on_and_merge_when_it_heals() -> None:
+    values = {name: float(i) for i, name in enumerate("abcdefgh")}
+    network = started(Network(section("ring"), values, rounds=150), "abcdefgh")
+    network.at(8.3, lambda: network.part("abcd", "efgh"))
+    network.at(60.0, lambda: network.part())
+    network.run()
+    assert {n for _, n, e in network.trace if isinstance(e, Done) and e.finished} == set("abcdefgh")
+    gone = [h.fields["gone"] for t, n, h in network.said("rewired") if n == "a" and t < 60]
+    assert sorted(itertools.chain(*gone)) == list("efgh")
+    assert {c.peer for c in last_fold(network, "a").contributions} == {"b", "h"}
+    assert [p.value for p in network.peers.values()] == pytest.approx([3.5] * 8, abs=0.05)
+
+
+def test_half_of_sixteen_die_at_once_and_the_others_go_on_in_a_graph_of_their_own() -> None:
+    names = "abcdefghijklmnop"
+    network = started(Network(section("random-regular", 16), dict.fromkeys(names, 1.0), rounds=80), names)
+    for name in names[::2]:
+        network.at(9.3, lambda name=name: network.kill(name))  # type: ignore[misc]
+    network.run()
+    assert {n for _, n, e in network.trace if isinstance(e, Done) and e.finished} == set(names[1::2])
+    assert all(len(last_fold(network, name).contributions) == 4 for name in names[1::2])
+
+
+def test_in_a_graph_drawn_by_hand_the_neighbours_of_the_dead_are_joined() -> None:
+    star = [["hub", name] for name in ("a", "b", "c", "d")]
+    by_hand = TopologySection.model_validate({"nodes": ["hub", "a", "b", "c", "d"], "edges": star})
+    values = {"hub": 9.0, "a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
+    network = started(Network(by_hand, values, rounds=60), ["hub", "a", "b", "c", "d"])
+    network.at(3.5, lambda: network.kill("hub"))
+    network.run()
+    ends = [network.peers[name].value for name in "abcd"]
+    assert max(ends) - min(ends) < 1e-6
+    assert {c.peer for c in last_fold(network, "a").contributions} == {"b", "d"}
 
 
 # -- Two ways, or not at all -----------------------------------------------------------------------------------------

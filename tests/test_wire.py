@@ -22,22 +22,45 @@ from p2pfl.messages import (
     Chunk,
     Describe,
     Goodbye,
+    Gossip,
     Grant,
     Heartbeat,
     Hello,
+    Hint,
+    MemberRecord,
     Offer,
     Receipt,
     Refused,
     WireMessage,
 )
-from p2pfl.wire import CHUNK, MAX_FACT, MAX_HEADER, MAX_MANIFEST, TAG, decode, encode, pack, unpack
+from p2pfl.wire import (
+    CHUNK,
+    MAX_ENTRY,
+    MAX_FACT,
+    MAX_GOSSIPED,
+    MAX_HEADER,
+    MAX_MANIFEST,
+    TAG,
+    decode,
+    encode,
+    pack,
+    statement,
+    unpack,
+)
 
 EXAMPLES: dict[type[WireMessage], WireMessage] = {
     Hello: Hello(
         PROTOCOL_VERSION, "alice", "bob", "bulk", True, 7, 3, 1.5, -1, 0, b"e" * 32, b"s" * 32, signature=b"g" * 64
     ),
     Describe: Describe({"train.lr": "0.1"}),
-    Heartbeat: Heartbeat(3),
+    Heartbeat: Heartbeat(3, 2**32 - 1),
+    Gossip: Gossip(
+        (
+            MemberRecord("al", 3, 1, "tcp://10.0.0.1:7000", False, b"g" * 64),
+            MemberRecord("bo", 1, 0, "", True, b"h" * 64),
+        ),
+        (Hint("carol", 0, 7),),
+    ),
     Receipt: Receipt(3),
     Grant: Grant(3, 8),
     Refused: Refused(3, "bad_schema"),
@@ -62,6 +85,9 @@ WRONG: dict[str, list[object]] = {  # for each field of a header, what it must n
     "round": [*NOT_INTEGERS, -1, MAX_ROUND + 1],
     "seen": [*NOT_INTEGERS, -2, MAX_ROUND + 1],
     "chunks": [*NOT_INTEGERS, 0, -1, 2**31 + 1],
+    "view": [*NOT_INTEGERS, -1, 2**32],
+    "records": [*NOT_INTEGERS, -1, MAX_GOSSIPED + 1],
+    "hints": [*NOT_INTEGERS, -1, MAX_GOSSIPED + 1],
     "index": [*NOT_INTEGERS, -1, 2**31 + 1],
     "mass": [math.nan, math.inf, -math.inf, 0.0, -0.0, -1.0, 1, True, "1"],
     "experiment": [b"", b"e" * 31, b"e" * 33, "e" * 32],
@@ -83,6 +109,11 @@ names = st.from_regex(NAME_PATTERN, fullmatch=True)
 rounds = st.integers(0, MAX_ROUND)
 digests = st.binary(min_size=32, max_size=32)
 signatures = st.binary(min_size=64, max_size=64)
+addresses = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=262)
+records = st.builds(
+    MemberRecord, names, st.integers(1, MAX_EPOCH), rounds, addresses, st.booleans(), signature=signatures
+)
+hints = st.builds(Hint, names, st.integers(0, MAX_EPOCH), rounds)
 messages = st.one_of(
     st.builds(
         Hello,
@@ -101,7 +132,12 @@ messages = st.one_of(
         signature=signatures,
     ),
     st.builds(Describe, st.dictionaries(st.text(max_size=20), st.text(max_size=40), max_size=8)),
-    st.builds(Heartbeat, rounds),
+    st.builds(Heartbeat, rounds, st.integers(0, 2**32 - 1)),
+    st.builds(
+        lambda told, doubted: Gossip(tuple(told), tuple(doubted)),
+        st.lists(records, min_size=1, max_size=4),
+        st.lists(hints, max_size=4),
+    ),
     st.builds(Receipt, rounds),
     st.builds(Grant, rounds, st.integers(1, 2**31)),
     st.builds(Refused, rounds, names),
@@ -177,6 +213,7 @@ def test_the_type_numbers_never_change() -> None:
         "Refused": 5,
         "Goodbye": 6,
         "Receipt": 7,
+        "Gossip": 8,
         "Offer": 16,
         "Chunk": 17,
     }
@@ -383,7 +420,7 @@ def test_a_header_has_exactly_its_keys(message: WireMessage) -> None:
         assert refused(pack(header | {key: 0}), body) == "bad_header"
 
 
-@pytest.mark.parametrize("number", [0, 8, 15, 18, -1, 2**63, True, 3.0, "3", b"3", None, [], {}], ids=repr)
+@pytest.mark.parametrize("number", [0, 9, 15, 18, -1, 2**63, True, 3.0, "3", b"3", None, [], {}], ids=repr)
 def test_a_type_that_is_not_known_is_refused(number: object) -> None:
     assert refused(msgpack.packb({"type": number, "round": 0})) == "unknown_type"
     assert refused(msgpack.packb({"round": 0})) == "unknown_type"
@@ -409,8 +446,65 @@ def test_a_version_mismatch_names_both() -> None:
 @EVERY_MESSAGE
 def test_a_body_stands_where_it_belongs_and_is_no_larger_than_it_may_be(message: WireMessage) -> None:
     header, _ = encode(message)
-    limit = {Offer: MAX_MANIFEST, Chunk: CHUNK + TAG}.get(type(message), 0)
+    gossip = MAX_GOSSIPED * (MAX_ENTRY + 2 + 64)
+    limit = {Offer: MAX_MANIFEST, Chunk: CHUNK + TAG, Gossip: gossip}.get(type(message), 0)
     assert refused(header, bytes(limit + 1)) == "bad_body"
-    assert isinstance(decode(header, bytes(limit)), type(message))
+    assert isinstance(message, Gossip) or isinstance(decode(header, bytes(limit)), type(message))
     if limit:
         assert refused(header, b"") == "bad_body"
+
+
+# -- What members say of themselves ----------------------------------------------------------------------------------
+
+
+def entry(fields: dict[str, object], signature: bytes = b"g" * 64) -> bytes:
+    text = msgpack.packb(fields)
+    return len(text).to_bytes(2, "big") + text + signature
+
+
+GOOD = {"name": "alice", "epoch": 3, "incarnation": 0, "address": "tcp://10.0.0.1:7000", "leaving": False}
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"name": "a b"},
+        {"epoch": 0},
+        {"epoch": MAX_EPOCH + 1},
+        {"incarnation": 2**64 - 1},  # bad-inputs, row 27
+        {"incarnation": -1},
+        {"incarnation": True},
+        {"address": "tcp://\x1b[2J"},
+        {"address": "x" * 263},
+        {"address": 7},
+        {"leaving": 0},
+        {"another": 1},
+    ],
+    ids=repr,
+)
+def test_a_record_has_exactly_its_keys_and_right_values(spoilt: dict[str, object]) -> None:
+    header = pack({"type": 8, "records": 1, "hints": 0})
+    assert decode(header, entry(GOOD)) == Gossip((MemberRecord(**GOOD, signature=b"g" * 64),), ())
+    assert refused(header, entry(GOOD | spoilt)) == "bad_header"
+    for key in GOOD:
+        assert refused(header, entry({k: v for k, v in GOOD.items() if k != key})) == "bad_header"
+
+
+def test_records_fill_the_body_exactly() -> None:
+    one, hint = entry(GOOD), entry({"name": "bob", "epoch": 0, "incarnation": 0}, b"")
+    header = pack({"type": 8, "records": 1, "hints": 1})
+    assert len(decode(header, one + hint).hints) == 1
+    for body in (one, hint, one + hint[:-1], one + hint + b"x", one + one, one[:-1] + hint, b"\xff\xff" + one + hint):
+        assert refused(header, body) in ("bad_body", "bad_header")
+    assert refused(pack({"type": 8, "records": 0, "hints": 0}), b"") == "bad_body"
+    long = entry(GOOD | {"address": "x" * 262, "name": "n" * 64}, b"g" * 64)
+    assert len(long) - 66 <= MAX_ENTRY
+    most = Gossip((MemberRecord("n" * 64, MAX_EPOCH, MAX_ROUND, "x" * 262, False, b"g" * 64),) * MAX_GOSSIPED, ())
+    assert decode(*encode(most)) == most
+
+
+def test_what_is_signed_of_a_record_is_all_of_it_but_the_signature() -> None:
+    record = MemberRecord(**GOOD, signature=b"g" * 64)
+    changed = [{"name": "bob"}, {"epoch": 4}, {"incarnation": 1}, {"address": ""}, {"leaving": True}]
+    assert len({statement(record), *(statement(replace(record, **change)) for change in changed)}) == 6
+    assert statement(record) == statement(replace(record, signature=b"h" * 64))

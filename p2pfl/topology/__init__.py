@@ -26,7 +26,7 @@ from p2pfl.topology.files import read
 from p2pfl.topology.graphs import GENERATORS
 from p2pfl.topology.matrix import check_weights, fixed_weights, hears, mixing_matrix, tells
 from p2pfl.topology.schedules import SCHEDULES
-from p2pfl.weights import Neighbourhood
+from p2pfl.weights import Neighbourhood, Wiring
 
 DRAWN_ROUNDS_COMPARED = 4  # of a graph that is drawn anew for every round
 ROUNDS_KEPT = 64  # graphs of a schedule that are kept: the period of all that have one, up to 2^64 nodes
@@ -142,6 +142,68 @@ def _in_one_piece(graph: nx.Graph, where: str) -> nx.Graph:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
+
+
+# -- The graph over those who live -------------------------------------------------------------------------------------
+
+
+def among(section: TopologySection, seed: int, living: tuple[str, ...]) -> Topology:
+    """The topology over these of `section.names`, sorted: what survivors go on with, each computing the same.
+
+    A generator draws its graph anew over the living. Where it cannot, at their number, and in a graph drawn by hand,
+    the neighbours of a dead node are joined instead; from a graph that changes every round the dead are just left out.
+    """
+    whole = build(section, seed)
+    gone = [name for name in whole.names if name not in set(living)]
+    if not gone:
+        return whole
+    if section.graph != PEERS:
+        try:
+            return build(section.model_copy(update={"nodes": tuple(sorted(living))}), seed)
+        except BadInput:  # no hypercube of 7, no 3-regular graph of 9
+            pass
+    if whole.varies:
+
+        @lru_cache(maxsize=ROUNDS_KEPT)
+        def at(round: int) -> nx.Graph:
+            return whole.at(round).subgraph(living).copy()
+
+        return Topology(whole.name, living, whole.period, at)
+    healed = _healed(whole.at(0), gone)
+    return Topology(whole.name, living, 1, lambda round: healed)
+
+
+def _healed(graph: nx.Graph, gone: Iterable[str]) -> nx.Graph:
+    """The graph without these nodes, the neighbours of each joined to a ring: it stays in one piece.
+
+    In a directed graph everybody who sent to the dead node sends to all that it sent to. A new edge has half the
+    smaller of the two weights that it replaces, so that no row grows.
+    """
+    healed = graph.copy()
+    for name in sorted(gone):
+        if healed.is_directed():
+            pairs = [(a, b) for a in sorted(healed.predecessors(name)) for b in sorted(healed[name]) if a != b]
+            through = [(a, b, (healed.edges[a, name], healed.edges[name, b])) for a, b in pairs]
+        else:
+            around = sorted(healed[name])
+            pairs = [(a, b) for a, b in zip(around, [*around[1:], *around[:1]], strict=True) if a != b]
+            through = [(a, b, (healed.edges[a, name], healed.edges[name, b])) for a, b in pairs]
+        for a, b, edges in through:
+            if not healed.has_edge(a, b):
+                weights = [edge["weight"] for edge in edges if "weight" in edge]
+                healed.add_edge(a, b, **({"weight": min(weights) / 2} if weights else {}))
+        healed.remove_node(name)
+    return healed
+
+
+def wiring(section: TopologySection, seed: int, name: str) -> Callable[[tuple[str, ...]], Wiring]:
+    """Who lives → this node's part of the graph over them. BadInput where the weights cannot hold on such a graph."""
+
+    def of(living: tuple[str, ...]) -> Wiring:
+        topology = among(section, seed, living)
+        return Wiring(tuple(sorted(topology.union()[name])), neighbourhoods(topology, name, section.weighting))
+
+    return of
 
 
 # -- What one node sees of it ----------------------------------------------------------------------------------------
