@@ -826,6 +826,8 @@ def _lattice(count: int, both: Set[tuple[int, int]]) -> _Layout | None:
             if step > 1:
                 wraps[a, b] = step
         else:
+            if len(both) - len(wraps) < 2 * (rows * (columns - 1) + columns * (rows - 1)):
+                continue  # neighbours are not joined
             row, column = np.divmod(np.arange(count, dtype=float), columns)
             across, down_by = (column, row) if columns >= rows else (row, column)  # the long side lies
             return _Layout(np.stack([across, -down_by], axis=1), wraps=wraps)

@@ -440,7 +440,9 @@ def assemble(
         open=topology is None,
         neighbourhood=None if topology is None or heals else neighbourhoods(topology, identity.name, weights),
         members=tuple(sorted(topology.names)) if topology is not None and heals else (),
-        wiring=wiring(experiment.topology, experiment.seed, identity.name) if topology is not None and heals else None,
+        wiring=wiring(experiment.topology, experiment.seed, topology, identity.name)
+        if topology is not None and heals
+        else None,
         address=link.address,
         epoch=epoch,
         suspicion=network.suspicion,

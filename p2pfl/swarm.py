@@ -90,6 +90,7 @@ def up(
     began = time.monotonic()
     graph = topology.build(experiment.topology, experiment.seed)
     names = graph.names
+    topology.neighbourhoods(graph, names[0], experiment.topology.weighting)(0)  # solved, or refused, before they fork
     torch.set_num_threads(1)  # here already: a parent whose torch has started threads must not fork
     parts = [load_part(experiment, index) for index in range(len(names))]
     masses = {n: mass(experiment.topology.weighting, len(p.train)) for n, p in zip(names, parts, strict=True)}

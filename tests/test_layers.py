@@ -39,7 +39,7 @@ LIBRARIES = {
     "report": {"matplotlib", "numpy"},
     "export": {"torch", "safetensors"},
     "progress": {"rich"},
-    "cli": {"typer", "rich", "networkx"},
+    "cli": {"typer", "rich", "networkx", "matplotlib"},
 }
 FOLDERS = {
     "topology": ("graphs", "schedules", "files", "fastest", "matrix", "__init__", "implied", "plan"),

@@ -888,7 +888,8 @@ class Network:
             known = replace(known, neighbourhood=neighbourhoods(self.topology, name, known.weights), drift=drift)
         if self.section is not None:
             names = tuple(sorted(self.section.names))
-            known = replace(known, members=names, wiring=wiring(self.section, 0, name), neighbourhood=None, epoch=epoch)
+            wired = wiring(self.section, 0, build(self.section, 0), name)
+            known = replace(known, members=names, wiring=wired, neighbourhood=None, epoch=epoch)
         self.peers[name] = Peer(Node(known, self.now), self.values[name], epoch)
         self._seen = {pair: seen for pair, seen in self._seen.items() if name not in pair}
         for other in self.graph:

@@ -284,8 +284,18 @@ def test_the_picture_of_the_graph_says_what_its_lines_are(tmp_path: Path, form: 
     edges: Json = [{"source": "a", "target": "b"}, {"source": "c", "target": "b"}]
     write_json(run.topology, {"nodes": [{"id": name} for name in "abc"], "edges": edges, **form})
     history = read_history(run.path, "run")
-    assert says in next(picture.caption for picture in pictures(history) if picture.name == "graph")
+    picture = next(picture for picture in pictures(history) if picture.name == "graph")
+    assert says in picture.caption
+    assert ("one-way links" in picture.figure.texts[0].get_text()) == ("directed" in form)
     assert bool(history.graph) == (form == {"graph": {"period": 1}})  # of the others the file does not say enough
+
+
+def test_parts_are_shown_as_long_as_there_are_no_scores(tmp_path: Path) -> None:
+    run = create_run(tmp_path / "run")
+    nodes: Json = [{"id": "a", "part": "north"}, {"id": "b", "part": "south"}, {"id": "c", "part": "south"}]
+    write_json(run.topology, {"nodes": nodes, "edges": [{"source": "a", "target": "b"}]})
+    (graph, *_) = pictures(read_history(run.path, "run"))
+    assert {"part", "north", "south"} <= set(texts(graph.figure))
 
 
 def test_a_node_that_came_back_has_not_ended_and_a_finished_one_has_not_left(tmp_path: Path) -> None:
@@ -535,6 +545,8 @@ def test_a_graph_is_drawn_in_its_own_form() -> None:
         assert np.all(np.min(np.abs(steps), axis=1) < 1e-6)  # along rows and columns, none across the picture
         assert len(steps) == (2 * (3 + 7) + (3 * 6 + 2 * 7) if periodic else 3 * 6 + 2 * 7)
         assert ("go on at the other side" in figure.texts[0].get_text()) == periodic
+    all_rounds_of_base_2 = nx.Graph([(0, 1), (0, 2), (0, 3), (1, 4), (2, 5), (3, 4), (3, 5)])
+    assert "other side" not in plots.topology([numbered(all_rounds_of_base_2)], "base-k").texts[0].get_text()
     crossed = grid(3, 7, periodic=False)
     crossed.add_edge((0, 0), (1, 1))
     assert len(np.unique(np.round(places(plots.topology([numbered(crossed)], "no lattice"))[:, 0], 6))) > 7

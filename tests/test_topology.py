@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pfl.config import STATIC_GRAPHS, VARYING_GRAPHS, TopologySection
+from p2pfl.config import STATIC_GRAPHS, VARYING_GRAPHS, TopologySection, find_experiment
 from p2pfl.messages import BadInput
-from p2pfl.topology import build, describe, neighbourhoods, node_link, with_weights
+from p2pfl.topology import among, build, describe, neighbourhoods, node_link, with_weights
 from p2pfl.topology.files import read
 from p2pfl.topology.matrix import mixing_matrix
 
@@ -175,3 +175,52 @@ def test_a_file_can_hold_weights_that_both_ends_share() -> None:
         with_weights(build(section("star"), 0), "uniform-neighbours", masses, True)
     with pytest.raises(BadInput, match="changes from round to round"):
         with_weights(build(section("random-matching"), 0), "metropolis", masses, True)
+
+
+# -- The graph over those who live -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("graph", [*STATIC_GRAPHS, *VARYING_GRAPHS])
+@given(dead=st.sets(st.sampled_from(NAMES), max_size=6))
+def test_survivors_agree_on_a_graph_in_one_piece_without_the_dead(graph: str, dead: set[str]) -> None:
+    drawn = section(graph, k=1 if graph == "base-k" else None, p=0.6)
+    whole = build(drawn, seed=3)
+    living = tuple(sorted(set(NAMES) - dead))
+    topology = among(drawn, 3, whole, living)
+    assert sorted(topology.names) == list(living)
+    assert describe(topology) == describe(among(drawn, 3, build(drawn, seed=3), living))
+    for round in range(topology.period or 3):
+        assert set(topology.at(round)) == set(living)
+    if graph != "empty":
+        assert nx.is_connected(topology.union())
+    if not dead:
+        assert topology is whole
+
+
+def test_in_a_graph_drawn_by_hand_the_neighbours_of_the_dead_are_joined() -> None:
+    star = by_hand("ab", "ac", "ad", "ae")
+    healed = among(star, 0, build(star, 0), ("b", "c", "d", "e")).at(0)
+    assert {frozenset(edge) for edge in healed.edges} == {frozenset(edge) for edge in ("bc", "cd", "de", "be")}
+
+
+@given(dead=st.sets(st.integers(1, 7), max_size=6))
+def test_one_way_links_are_led_past_the_dead(dead: set[int]) -> None:
+    names = [f"line-{i}" for i in range(1, 8)]
+    path = find_experiment("factory-line").with_name("factory-line.csv")
+    line = TopologySection.model_validate({"file": path, "nodes": names, "weights": "push-sum"})
+    living = tuple(name for i, name in enumerate(names, start=1) if i not in dead)
+    healed = among(line, 0, build(line, 0), living).at(0)
+    assert healed.is_directed() and set(healed) == set(living)
+    assert nx.is_strongly_connected(healed)
+
+
+def test_no_row_of_given_weights_grows_when_a_neighbour_dies() -> None:
+    path = find_experiment("roads").with_name("roads.json")
+    names = sorted(read(path))
+    roads = TopologySection.model_validate({"file": path, "nodes": names, "weights": "given"})
+    whole = build(roads, 0)
+    nx.set_edge_attributes(whole.at(0), 0.24, "weight")
+    for dead in names:
+        healed = among(roads, 0, whole, tuple(name for name in names if name != dead)).at(0)
+        matrix = mixing_matrix(healed, "given", dict.fromkeys(healed, 1.0)).toarray()
+        assert matrix.diagonal().min() >= 0 and np.allclose(matrix, matrix.T)

@@ -40,6 +40,9 @@ class Topology:
     names: tuple[str, ...]
     period: int | None  # rounds after which it repeats; 1: it stays as it is; None: drawn anew for every round
     at: Callable[[int], nx.Graph] = field(compare=False)  # round → graph over all names, in their order; not to change
+    _solved: dict[tuple[int, str], dict[tuple[str, str], float]] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     @property
     def directed(self) -> bool:
@@ -48,6 +51,19 @@ class Topology:
     @property
     def varies(self) -> bool:
         return self.period != 1
+
+    def fixed_weights(self, round: int, weights: str) -> dict[tuple[str, str], float]:
+        """(receiver, sender) → weight in this round, as `matrix.fixed_weights`; solved once for each round of a period.
+
+        BadInput where such weights cannot hold on this graph.
+        """
+        if self.period is None:
+            check_weights(self.at(round), weights)
+            return fixed_weights(self.at(round), weights)
+        key = (round % self.period, weights)
+        if key not in self._solved:
+            self._solved[key] = fixed_weights(self.at(round), weights)
+        return self._solved[key]
 
     def union(self) -> nx.Graph:
         """Undirected: everybody who ever hears of whom. Complete for a schedule that is drawn anew."""
@@ -147,13 +163,12 @@ def _some(names: list[str]) -> str:
 # -- The graph over those who live -------------------------------------------------------------------------------------
 
 
-def among(section: TopologySection, seed: int, living: tuple[str, ...]) -> Topology:
-    """The topology over these of `section.names`, sorted: what survivors go on with, each computing the same.
+def among(section: TopologySection, seed: int, whole: Topology, living: tuple[str, ...]) -> Topology:
+    """The topology over these of all names, sorted: what survivors of `whole` go on with, each computing the same.
 
     A generator draws its graph anew over the living. Where it cannot, at their number, and in a graph drawn by hand,
-    the neighbours of a dead node are joined instead; from a graph that changes every round the dead are just left out.
+    the neighbours of a dead node are joined instead; where a schedule cannot, Base-2 takes its place.
     """
-    whole = build(section, seed)
     gone = [name for name in whole.names if name not in set(living)]
     if not gone:
         return whole
@@ -162,13 +177,8 @@ def among(section: TopologySection, seed: int, living: tuple[str, ...]) -> Topol
             return build(section.model_copy(update={"nodes": tuple(sorted(living))}), seed)
         except BadInput:  # no hypercube of 7, no 3-regular graph of 9
             pass
-    if whole.varies:
-
-        @lru_cache(maxsize=ROUNDS_KEPT)
-        def at(round: int) -> nx.Graph:
-            return whole.at(round).subgraph(living).copy()
-
-        return Topology(whole.name, living, whole.period, at)
+    if whole.varies:  # Base-2 is there for every number, with one neighbour a round
+        return build(section.model_copy(update={"graph": "base-k", "k": 1, "nodes": tuple(sorted(living))}), seed)
     healed = _healed(whole.at(0), gone)
     return Topology(whole.name, living, 1, lambda round: healed)
 
@@ -196,11 +206,18 @@ def _healed(graph: nx.Graph, gone: Iterable[str]) -> nx.Graph:
     return healed
 
 
-def wiring(section: TopologySection, seed: int, name: str) -> Callable[[tuple[str, ...]], Wiring]:
-    """Who lives → this node's part of the graph over them. BadInput where the weights cannot hold on such a graph."""
+def wiring(section: TopologySection, seed: int, whole: Topology, name: str) -> Callable[[tuple[str, ...]], Wiring]:
+    """Who lives → this node's part of the graph over them; of the whole one, where the weights hold on no other.
+
+    BadInput, before anybody dies, where they do not hold on the whole graph either.
+    """
 
     def of(living: tuple[str, ...]) -> Wiring:
-        topology = among(section, seed, living)
+        topology = among(section, seed, whole, living)
+        try:
+            check_weights(topology.at(0), section.weighting)
+        except BadInput:  # given weights of one-way edges: nobody could say what new edges weigh
+            topology = whole
         return Wiring(tuple(sorted(topology.union()[name])), neighbourhoods(topology, name, section.weighting))
 
     return of
@@ -214,8 +231,7 @@ def neighbourhoods(topology: Topology, name: str, weights: str) -> Callable[[int
 
     @lru_cache(maxsize=ROUNDS_KEPT)
     def of(round: int) -> Neighbourhood:
-        graph = topology.at(round)
-        fixed = fixed_weights(graph, weights)
+        graph, fixed = topology.at(round), topology.fixed_weights(round, weights)
         heard = {other: fixed.get((name, other)) for other in hears(graph, name)}
         return Neighbourhood(heard, tuple(tells(graph, name)))
 
