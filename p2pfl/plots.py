@@ -1,4 +1,4 @@
-"""Pictures of a run: plain data in, a matplotlib Figure out; `svg` and `png` turn it into something to look at.
+"""Pictures of runs and graphs: plain data in, a matplotlib Figure out; `svg` and `png` make something to look at of it.
 
 Nothing here reads a file or knows the run folder. Figures are laid out in inches and points with measured text, so that
 no label is cut and none lies on another. Every text may come from a peer: it goes through `_plain`.
@@ -675,7 +675,7 @@ def graph(
 
     Colour: the final score where each node has one, else its part where each has one, else how many it hears if that
     differs. `ended` holds the nodes that did not finish, with the word for why ("killed"): they are hollow, dashed and
-    red.
+    red. Up to NAMED_BARS nodes are named, but for names that would lie on something else wherever they stood.
     """
     links = _links(nodes, edges, directed)
     title = f"{_capital(_plain(name))}: {_count(len(nodes), 'node')}, "
