@@ -23,7 +23,7 @@ import socket as sockets
 import struct
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -63,6 +63,7 @@ from p2pfl.messages import (
 )
 from p2pfl.wire import MAX_FRAME, decode, encode, pack
 
+EARLY = 8  # of what a peer says while only one of its two connections is there: the last few, for when both are
 WINDOW = 4  # chunks (4 MiB) that may be under way to one peer: enough for 1 Gbit/s at a round trip of 30 ms
 HELLO_CONTEXT = b"hello"
 ZAP_DOMAIN = b"p2pfl"
@@ -180,7 +181,7 @@ class _Peer:
     incoming: Opening | None = None
     granted: int = 0  # to it, of the update that comes in
     owed: Grant | Refused | None = None  # what it waits for, until it could be handed over
-    early: Heartbeat | Goodbye | None = None  # the newest that came before both connections were there
+    early: deque[Heartbeat | Goodbye | Gossip] = field(default_factory=lambda: deque(maxlen=EARLY))  # see EARLY
     dropped: int = -1  # round of the update that was refused last: chunks of it may still be under way
     seen: int = -1  # newest round whose update came whole
     manifests: OrderedDict[int, Offer] = field(default_factory=OrderedDict)
@@ -793,9 +794,8 @@ class Link:
         peer.path = path
         seen = hello.seen if hello.seen_epoch == self.epoch else -1
         self._events.append(LinkUp(peer.name, hello.epoch, hello.round, hello.mass, seen))
-        if peer.early is not None:
-            self._events.append(Received(peer.name, peer.early))
-            peer.early = None
+        self._events += [Received(peer.name, message) for message in peer.early]
+        peer.early.clear()
 
     def _forget_channel(self, peer: _Peer, path: _Path, channel: Channel) -> None:
         """One of the two connections of this path is gone; the other side of it says hello again when it is back."""
@@ -882,14 +882,14 @@ class Link:
         if (channel == "bulk") != isinstance(message, (Offer, Chunk)):
             raise BadMessage("wrong_channel", f"{type(message).__name__} on the {channel} connection")
         peer.left = peer.left or isinstance(message, Goodbye)
+        if isinstance(message, Gossip):
+            message = self._genuine(peer.name, message)
         if peer.path is None:  # the other connection of the pair is not there yet, or no longer
-            if isinstance(message, (Heartbeat, Goodbye)):
-                peer.early = message
+            if isinstance(message, (Heartbeat, Goodbye, Gossip)):
+                peer.early.append(message)
             return  # what was under way on a pair that broke is lost with it
         match message:
-            case Gossip():
-                self._events.append(Received(peer.name, self._genuine(peer.name, message)))
-            case Heartbeat() | Goodbye() | Receipt():
+            case Heartbeat() | Goodbye() | Receipt() | Gossip():
                 self._events.append(Received(peer.name, message))
             case Grant(round, chunks):
                 if peer.sending is not None and peer.sending.sealed.round == round:

@@ -301,12 +301,7 @@ class Runtime:
                 self._save_next = False
                 self._pending.add_done_callback(lambda _: self._wake())
             case Connect(peer, address):
-                # Of two, the one with the smaller name dials, so that there is one pair of connections.
-                if (
-                    address
-                    and not self.link.is_dialling(peer)
-                    and (peer > self.node.settings.name or not self.link.address)
-                ):
+                if address and not self.link.is_dialling(peer):  # both may: one of them may know no address
                     self.link.dial(address, (peer,))
             case Disconnect(peer, seconds):
                 self.link.disconnect(peer, seconds)

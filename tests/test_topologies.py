@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from processes import metrics, up
+from processes import ENVIRONMENT, LIMIT, metrics, up
 from safetensors.torch import load_file
 
 from p2pfl.config import BY_ROWS, GRAPHS, Experiment, builtin_experiments, find_experiment, load
 from p2pfl.data import load_part
 from p2pfl.learner import TorchLearner, make_learner
+from p2pfl.records import Run, read_json
 from p2pfl.swarm import flat_vector
 from p2pfl.topology import build
 from p2pfl.topology.files import names_in
@@ -29,16 +32,38 @@ def test_there_is_a_file_for_each_family_and_it_says_what_to_type() -> None:
         assert head.startswith("#") and f"p2pfl up {Path(name).stem}" in head
 
 
+ALL_OF_THEM = """
+import sys
+from pathlib import Path
+from p2pfl import swarm
+from p2pfl.config import GRAPHS, builtin_experiments, load
+from p2pfl.records import create_run
+from p2pfl.topology.files import names_in
+for name, path in builtin_experiments().items():
+    nodes = {"topology.nodes": 8} if Path(name).stem in GRAPHS else {}
+    experiment = load(path, ["train.rounds=2"], nodes, names_in)
+    swarm.up(experiment, create_run(Path(sys.argv[1]) / name), lambda line: None)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rounds of every file, one run after the other; in one process, for importing torch takes longest."""
+    folder = tmp_path_factory.mktemp("runs")
+    subprocess.run([sys.executable, "-c", ALL_OF_THEM, str(folder)], check=True, env=ENVIRONMENT, timeout=10 * LIMIT)
+    return folder
+
+
 @pytest.mark.parametrize("name", builtin_experiments())
-def test_each_file_runs(name: str, tmp_path: Path) -> None:
-    nodes = 8 if Path(name).stem in GRAPHS else None  # as many as the files say would take minutes in all
-    summary = up(name, tmp_path / "run", "train.rounds=2", nodes=nodes)
+def test_each_file_runs(name: str, runs: Path) -> None:
+    run = Run(runs / name)
+    summary = read_json(run.summary)
     assert summary["finished"] == summary["nodes"] and not summary["rejected"]
-    experiment = load(find_experiment(name), flags={"topology.nodes": nodes} if nodes else {}, names_in=names_in)
+    experiment = load(run.experiment)
     topology = build(experiment.topology, experiment.seed)
     assert summary["topology"]["name"] == topology.name
     for node in topology.names:
-        for line in metrics(tmp_path / "run", node):
+        for line in metrics(runs / name, node):
             graph = topology.at(line["round"])
             heard = graph.predecessors(node) if graph.is_directed() else graph[node]
             assert (line["merged"], line["missing"]) == (sorted(heard), [])
