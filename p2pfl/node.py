@@ -126,12 +126,13 @@ class Neighbour:
     lateness: deque[float] = field(default_factory=lambda: deque(maxlen=OBSERVED_ROUNDS))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OwnUpdate:
     """What was sent, and to whom."""
 
     update: Update
     told: tuple[str, ...] | None  # None: every neighbour
+    unsent: set[str]  # for whom it was meant, who had no link yet
 
     def is_for(self, peer: str) -> bool:
         return self.told is None or peer in self.told
@@ -197,7 +198,7 @@ class Node:
         self._beats = 0
         self._told: tuple[str, ...] | None = None  # who gets the update of the round in progress; None: everybody
         # The newest two: a neighbour may still need the one before, if it was lost when we already went on.
-        self._own_updates: deque[OwnUpdate] = deque(maxlen=2)
+        self._own_updates: list[OwnUpdate] = []
         self._trained: Trained | None = None
         self._merged: tuple[str, ...] = ()
         self._missing: tuple[str, ...] = ()
@@ -345,9 +346,13 @@ class Node:
         self._send_again(event, 2 if same_process else 1)
 
     def _send_again(self, event: LinkUp, newest: int) -> None:
-        """What was under way when the link broke is lost: send so many of the newest updates as the peer lacks."""
-        for own in list(self._own_updates)[-newest:]:
-            if event.seen < own.update.round and own.is_for(event.peer):
+        """Send what the peer lacks: so many of the newest updates, which a broken link may have lost, and all for which
+        it had no link yet: where the graph changes, one can be rounds ahead of a neighbour that starts late."""
+        recent = self._own_updates[-newest:]
+        for own in self._own_updates:
+            never_sent = event.peer in own.unsent
+            own.unsent.discard(event.peer)
+            if event.seen < own.update.round and own.is_for(event.peer) and (never_sent or own in recent):
                 self._send((event.peer,), own.update)
         if self.settings.two_way:  # our receipt may have been under way, too
             for round in self.neighbours[event.peer].updates:
@@ -458,12 +463,18 @@ class Node:
             self._finish(True)
             return
         self._trained = event.trained
-        own = OwnUpdate(Update(event.round, self._mass, self._reach, event.update), self._told)
-        self._own_updates.append(own)
+        listeners = self._listeners()
+        own = OwnUpdate(
+            Update(event.round, self._mass, self._reach, event.update),
+            self._told,
+            set(self._told or ()) - set(listeners),
+        )
+        older = [kept for kept in self._own_updates if kept.unsent and kept.update.round >= event.round - self._ahead]
+        self._own_updates = [*older, *(kept for kept in self._own_updates[-1:] if kept not in older), own]
         self.phase = Phase.COLLECTING
         self._waiting_since = self._now
         self._next_waiting_line = self._now + WAITING_LINE
-        self._send(tuple(name for name in self._listeners() if own.is_for(name)), own.update)
+        self._send(tuple(name for name in listeners if own.is_for(name)), own.update)
         if self._leaving:
             self._finish(False)
 

@@ -1156,6 +1156,20 @@ def test_after_a_broken_link_only_who_was_meant_gets_an_update_again() -> None:
         assert node.handle(up(peer), 2.5)[1:] == lost
 
 
+def test_who_starts_late_gets_what_was_meant_for_it_however_far_others_are_by_then() -> None:
+    turns = [Neighbourhood({"a": None, "b": None}, ("a", "b")), *[Neighbourhood({"a": None}, ("a",))] * 3]
+    node = fresh(neighbourhood=lambda round: turns[round % 4], drift=4, join_timeout=1.0, grace=0.0, patience=0.5)
+    node.handle(up("a"), 0.0)
+    node.handle(Tick(), 1.0)  # without b
+    for round in range(3):
+        node.handle(computed(round), 2.0 + round)
+        node.handle(got("a", round, reach=2.0), 2.0 + round)
+    node.handle(computed(3), 5.0)
+    assert node.handle(up("b"), 5.5)[1:] == [Send(("b",), mine(0, reach=1.0 + 1.0))]
+    node.handle(LinkDown("b"), 5.75)
+    assert node.handle(up("b", seen=0), 5.9)[1:] == []
+
+
 def test_who_only_hears_us_is_told_nothing_but_waited_for_and_whom_we_only_hear_learns_that_we_begin() -> None:
     node = fresh(neighbourhood=one_way("a", tells=("b",)))
     node.handle(up("a"), 0.0)

@@ -54,6 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.xdist_group("files")  # or each worker would run them all
 @pytest.mark.parametrize("name", builtin_experiments())
 def test_each_file_runs(name: str, runs: Path) -> None:
     run = Run(runs / name)
