@@ -28,7 +28,8 @@ def test_survivors_of_a_kill_close_the_ring(tmp_path: Path) -> None:
         "network.suspicion=1",
         'faults=[{kind="kill", node=3, round=20}]',
     )
-    assert summary["failed"] == ["node-3"] and summary["finished"] == 7 and not summary["rejected"]
+    assert summary["failed"] == ["node-3"] and summary["finished"] == 7
+    assert set(summary["rejected"]) <= {"future"}  # new neighbours may be a round apart when they meet
     for node in set(NODES) - {"node-3"}:
         (rewired,) = said(tmp_path / "run", node, "rewired")
         assert rewired["gone"] == ["node-3"] and rewired["members"] == 7
