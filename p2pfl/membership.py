@@ -15,14 +15,17 @@ table can grow.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 
 from p2pfl.messages import Hint, MemberRecord
 
 OTHERS = "others have lost it"
 MAX_STRETCH = 8.0  # how many times longer one waits at most before one condemns others
+SEEKERS = 2  # of the living who keep looking for one of the dead: one of them may be cut off from it, too
 CALM = 30.0  # seconds without a stall of one's own after which the stretch is halved
 
 
@@ -44,11 +47,10 @@ class Change:
 
 
 @dataclass(slots=True)
-class Entry:
-    """What is known of one member."""
+class Doubt:
+    """Why a member is not simply alive."""
 
-    record: MemberRecord
-    standing: Standing = Standing.ALIVE
+    standing: Standing  # SUSPECT, DEAD or LEFT
     until: float = 0.0  # when a suspicion becomes death
 
 
@@ -65,6 +67,17 @@ def suspicion_timeout(base: float, members: int, stretch: float) -> float:
     return base * max(1.0, (max(members, 2) - 1).bit_length() / 3) * stretch
 
 
+def followers(name: str, living: Sequence[str]) -> tuple[str, ...]:
+    """The SEEKERS of the `living` (sorted) that come next after this name, from the last on to the first again."""
+    start = bisect.bisect_right(living, name)
+    return tuple(living[(start + step) % len(living)] for step in range(min(SEEKERS, len(living))))
+
+
+def _is_sorted_with(names: tuple[str, ...], name: str) -> bool:
+    """Whether these are sorted, without doubles, and this one is among them."""
+    return name in names and all(a < b for a, b in pairwise(names))
+
+
 class Membership:
     """The table of all members, kept by one of them."""
 
@@ -77,42 +90,64 @@ class Membership:
         self.stretch = 1.0
         self._suspicion = suspicion
         self._calm_since = 0.0
-        self._entries = {other: Entry(MemberRecord(other, 0, 0)) for other in sorted({*names, name})}
-        self._entries[name].record = MemberRecord(name, epoch, 0, address=address)
+        self._names = (
+            names if isinstance(names, tuple) and _is_sorted_with(names, name) else tuple(sorted({*names, name}))
+        )
+        # Only what is not so from the start: a network of thousands knows little of most, and has many tables.
+        self._records = {name: MemberRecord(name, epoch, 0, address=address)}
+        self._doubts: dict[str, Doubt] = {}
+        self._live: tuple[str, ...] | None = self._names  # None: not known since somebody came or went
 
     # -- What is known -----------------------------------------------------------------------------------------------
 
     @property
     def own(self) -> MemberRecord:
         """The record of this node itself, as it stands (not signed: that is done where it is sent)."""
-        return self._entries[self.name].record
+        return self._records[self.name]
 
     @property
     def live(self) -> tuple[str, ...]:
         """The names of all who are neither dead nor gone, sorted; this node always is one of them."""
-        return tuple(n for n, e in self._entries.items() if e.standing in (Standing.ALIVE, Standing.SUSPECT))
+        if self._live is None:
+            gone = {name for name, doubt in self._doubts.items() if doubt.standing is not Standing.SUSPECT}
+            self._live = tuple(name for name in self._names if name not in gone) if gone else self._names
+        return self._live
 
     @property
     def deadline(self) -> float:
         """When the next suspicion becomes death; infinity if there is none."""
-        due = (entry.until for entry in self._entries.values() if entry.standing is Standing.SUSPECT)
+        due = (doubt.until for doubt in self._doubts.values() if doubt.standing is Standing.SUSPECT)
         return min(due, default=float("inf"))
 
     def standing(self, name: str) -> Standing:
-        return self._entries[name].standing
+        return self._doubts[name].standing if name in self._doubts else Standing.ALIVE
+
+    def record(self, name: str) -> MemberRecord:
+        """The newest record of this member; of epoch 0 if it never made one."""
+        return self._records.get(name) or MemberRecord(name, 0, 0)
 
     def address(self, name: str) -> str:
         """Where this member said that it listens; empty if it never did."""
-        return self._entries[name].record.address
+        return self.record(name).address
+
+    def sought(self) -> tuple[str, ...]:
+        """The dead to whom this node keeps trying to make a link, so that the two sides of a cut meet when it heals.
+
+        Each of the dead is sought by those two of the living that follow it in the circle of all names.
+        """
+        dead = [name for name, doubt in sorted(self._doubts.items()) if doubt.standing is Standing.DEAD]
+        living = self.live
+        return tuple(name for name in dead if self.name in followers(name, living))
 
     def records(self) -> tuple[MemberRecord, ...]:
         """The newest record of everybody who ever made one, for those who may have missed it."""
-        return tuple(entry.record for entry in self._entries.values() if entry.record.epoch > 0)
+        return tuple(record for _, record in sorted(self._records.items()))
 
     def hints(self) -> tuple[Hint, ...]:
         """Whom this node believes to be gone, or about to be."""
-        doubted = (e.record for e in self._entries.values() if e.standing in (Standing.SUSPECT, Standing.DEAD))
-        return tuple(Hint(record.name, record.epoch, record.incarnation) for record in doubted)
+        doubted = [name for name, doubt in sorted(self._doubts.items()) if doubt.standing is not Standing.LEFT]
+        records = [self.record(name) for name in doubted]
+        return tuple(Hint(record.name, record.epoch, record.incarnation) for record in records)
 
     # -- What comes in -----------------------------------------------------------------------------------------------
 
@@ -125,55 +160,51 @@ class Membership:
         changes: list[Change] = []
         news: list[MemberRecord] = []
         for record in records:
-            entry = self._entries.get(record.name)
-            if entry is None or not newer(record, entry.record):
+            known = self._records.get(record.name)
+            if known is record or (not self._knows(record.name) if known is None else not newer(record, known)):
                 continue
             if record.name == self.name:  # a former life of ours is still spoken of: the present one goes on above it
                 self._refute(record.epoch, record.incarnation)
                 news.append(self.own)
                 continue
-            entry.record = record
+            self._records[record.name] = record
             news.append(record)
             changes += self._become(record.name, Standing.LEFT if record.leaving else Standing.ALIVE, "")
         seen = set(fresh)
         believed: list[Hint] = []
         doubted: list[Hint] = []
         for hint in hints:
-            entry = self._entries.get(hint.name)
-            if entry is None or newer(entry.record, hint):
+            if not self._knows(hint.name) or newer(self.record(hint.name), hint):
                 continue
             if hint.name == self.name:
                 self._refute(hint.epoch, hint.incarnation)
                 news.append(self.own)
             elif hint.name in seen:
                 doubted.append(hint)
-            elif entry.standing is Standing.ALIVE:
+            elif hint.name not in self._doubts:
                 changes += self.suspect(hint.name, OTHERS, now)
                 believed.append(hint)
         return Heard(tuple(changes), tuple(news), tuple(believed), tuple(doubted))
 
     def sign_of_life(self, name: str) -> list[Change]:
         """This node itself heard from the member."""
-        entry = self._entries.get(name)
-        return [] if entry is None or entry.standing is Standing.ALIVE else self._become(name, Standing.ALIVE, "")
+        return self._become(name, Standing.ALIVE, "") if name in self._doubts else []
 
     def suspect(self, name: str, why: str, now: float) -> list[Change]:
         """This node itself lost the member, or believes those who did."""
-        entry = self._entries.get(name)
-        if entry is None or entry.standing is not Standing.ALIVE or name == self.name:
+        if name in self._doubts or name == self.name or not self._knows(name):
             return []
-        entry.until = now + suspicion_timeout(self._suspicion, len(self._entries), self.stretch)
-        return self._become(name, Standing.SUSPECT, why)
+        until = now + suspicion_timeout(self._suspicion, len(self._names), self.stretch)
+        return self._become(name, Standing.SUSPECT, why, until)
 
     def left(self, name: str) -> list[Change]:
         """The member said goodbye to this node itself."""
-        entry = self._entries.get(name)
-        return [] if entry is None or entry.standing is Standing.LEFT else self._become(name, Standing.LEFT, "")
+        return self._become(name, Standing.LEFT, "") if self._knows(name) else []
 
     def leave(self) -> MemberRecord:
         """The record that tells the others that this node leaves."""
         record = self.own
-        self._entries[self.name].record = MemberRecord(
+        self._records[self.name] = MemberRecord(
             record.name, record.epoch, record.incarnation + 1, leaving=True, address=record.address
         )
         return self.own
@@ -185,29 +216,39 @@ class Membership:
         if self.stretch > 1.0 and now >= self._calm_since + CALM:
             self.stretch, self._calm_since = self.stretch / 2, now
         changes: list[Change] = []
-        for name, entry in self._entries.items():
-            if entry.standing is Standing.SUSPECT and now >= entry.until:
+        for name, doubt in sorted(self._doubts.items()) if self._doubts else ():
+            if doubt.standing is Standing.SUSPECT and now >= doubt.until:
                 changes += self._become(name, Standing.DEAD, "nobody heard from it")
         return changes
 
     def stalled(self, now: float, pause: float = 0.0) -> None:
         """This node itself stood still, for `pause` seconds: it waits longer before it condemns anybody."""
         self.stretch, self._calm_since = min(2 * self.stretch, MAX_STRETCH), now
-        for entry in self._entries.values():
-            entry.until += pause
+        for doubt in self._doubts.values():
+            doubt.until += pause
 
     def _refute(self, epoch: int, incarnation: int) -> None:
         own = self.own
         if (epoch, incarnation) >= (own.epoch, own.incarnation):
             above = incarnation + 1 if epoch == own.epoch else own.incarnation
-            self._entries[self.name].record = MemberRecord(
+            self._records[self.name] = MemberRecord(
                 own.name, own.epoch, above, leaving=own.leaving, address=own.address
             )
 
-    def _become(self, name: str, standing: Standing, why: str) -> list[Change]:
-        entry = self._entries[name]
-        before, entry.standing = entry.standing, standing
-        return [] if before is standing else [Change(name, before, standing, why)]
+    def _become(self, name: str, standing: Standing, why: str, until: float = 0.0) -> list[Change]:
+        before = self.standing(name)
+        if before is standing:
+            return []
+        self._live = None
+        if standing is Standing.ALIVE:
+            del self._doubts[name]
+        else:
+            self._doubts[name] = Doubt(standing, until)
+        return [Change(name, before, standing, why)]
+
+    def _knows(self, name: str) -> bool:
+        place = bisect.bisect_left(self._names, name)
+        return place < len(self._names) and self._names[place] == name
 
 
 @dataclass(frozen=True, slots=True)

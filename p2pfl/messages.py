@@ -156,6 +156,14 @@ class Grant:
 
 
 @dataclass(frozen=True, slots=True)
+class Resume:
+    """Of the update of this round the chunks below `start` came before the link broke: go on with that one."""
+
+    round: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """Your update of this round was dropped, and why. Information for a log, never an order."""
 
@@ -235,7 +243,7 @@ class Update:
     vector: object  # opaque to the node
 
 
-WireMessage = Hello | Describe | Heartbeat | Grant | Refused | Goodbye | Receipt | Gossip | Offer | Chunk
+WireMessage = Hello | Describe | Heartbeat | Grant | Resume | Refused | Goodbye | Receipt | Gossip | Offer | Chunk
 Message = Heartbeat | Goodbye | Receipt | Gossip | Update
 
 
@@ -424,3 +432,50 @@ class Done:
 
 
 Effect = Send | Compute | Connect | Disconnect | Save | Record | Done
+
+
+# -- What a node says of itself when it is asked ---------------------------------------------------------------------
+# All times in seconds, as seen from the moment of the answer.
+
+
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """Something that a node waits for."""
+
+    peer: str  # empty: one that has not said who it is
+    what: str  # in words: "its update of round 7"
+    since: float  # how long it has been waited for
+    left: float  # how much longer it is waited for at most
+    left_if_silent: float  # … if nothing is heard from it until then
+
+
+@dataclass(frozen=True, slots=True)
+class NeighbourStatus:
+    """One neighbour, as the node sees it."""
+
+    name: str
+    linked: bool
+    alive: bool  # it is waited for
+    standing: str  # alive, suspect, dead, left, finished, or absent: it never came
+    round: int  # the newest that it claims to work on
+    last_sign: float | None  # how long ago anything valid came; None: never
+    lateness: float | None  # median of how long its last updates were waited for; None: none came
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where a node stands, for whom it waits, and who is around it."""
+
+    name: str
+    epoch: int  # how often it has started
+    phase: str  # joining, computing, collecting, done
+    round: int  # in progress; so many are behind it
+    rounds: int
+    seconds: float  # in this phase
+    awaited: tuple[Awaited, ...]
+    neighbours: tuple[NeighbourStatus, ...]
+    living: int  # members that live, this one included, as far as it knows …
+    members: int  # … of so many
+    alone: bool  # nobody is linked
+    address: str  # where it listens; empty: it only dials out
+    rejected: Mapping[str, int]  # code → how often

@@ -23,6 +23,7 @@ from enum import Enum
 from p2pfl.conduct import Conduct
 from p2pfl.membership import OTHERS, Change, Membership, Standing
 from p2pfl.messages import (
+    Awaited,
     BadMessage,
     Compute,
     Computed,
@@ -42,6 +43,7 @@ from p2pfl.messages import (
     LinkUp,
     MemberRecord,
     Message,
+    NeighbourStatus,
     Receipt,
     Received,
     Record,
@@ -49,12 +51,24 @@ from p2pfl.messages import (
     RoundEnded,
     Save,
     Send,
+    Status,
     Tick,
     Trained,
     Update,
     Value,
 )
-from p2pfl.weights import PUSH_SUM, Neighbourhood, Stake, Wiring, mass_after, reach, weights_of
+from p2pfl.weights import (
+    FROM_WHOLE_GRAPH,
+    PUSH_SUM,
+    Neighbourhood,
+    Stake,
+    Wiring,
+    graph_reach,
+    mass_after,
+    reach,
+    staleness_weight,
+    weights_of,
+)
 
 WAITING_LINE = 5.0  # seconds of waiting before one says for whom, and between two such lines
 OBSERVED_ROUNDS = 16  # how many lateness observations of a neighbour its patience is derived from
@@ -63,6 +77,8 @@ MAX_PATIENCE = 3600.0  # seconds: who is late on purpose can delay a round by an
 ANTI_ENTROPY = 10  # heartbeats between two full accounts of all members, each to one neighbour by turns
 MAX_TOLD = 128  # members in one message
 MAX_MASS = 2.0**53  # no data set has more rows, nor have all together; and the sum of all masses stays finite
+MAX_MISSED = 3  # rounds in a row that a neighbour is waited for in vain, and as many in step until it is again
+MAX_STEP = 10.0  # times the learning rate: where lost messages have eaten the mass of push-sum, training stays stable
 
 
 class Phase(Enum):
@@ -101,6 +117,7 @@ class Settings:
     grace: float = 1.0
     patience: float = 5.0
     first_round: int = 0  # after a resume
+    needs_state: bool = False  # what it had saved is damaged: it goes on from its neighbours' state, or not at all
 
 
 @dataclass(slots=True)
@@ -122,7 +139,12 @@ class Neighbour:
     last_sign: float = 0.0  # when anything valid came
     down_since: float = 0.0  # when its link broke
     sought_since: float | None = None  # when a link was asked for that never stood since
+    updated_at: float = -math.inf  # when its last update came
     gone_after: int | None = None  # it said goodbye: its updates of rounds below this one were sent
+    missed: int = 0  # rounds in a row that it was waited for in vain, and did not come nearer
+    behind: int = 0  # how many rounds it was behind at the last of them
+    in_step: int = 0  # updates in a row that came in time
+    degraded: bool = False  # too slow to be waited for; what comes of it still counts, less the later it is
     lateness: deque[float] = field(default_factory=lambda: deque(maxlen=OBSERVED_ROUNDS))
 
 
@@ -174,10 +196,14 @@ class Node:
         # A neighbour has our update of the round that we collect, and may go `staleness` rounds on without the next.
         self._ahead = max(settings.staleness + 1, settings.drift)
         self._push_sum = settings.weights in PUSH_SUM
+        self._whole_graph = settings.weights in FROM_WHOLE_GRAPH
         self._now = now  # time of the event in hand, or of the last one
         self._effects: list[Effect] = []  # of the event in hand
-        self._waiting_since = now
+        self._waiting_since = self._computing_since = now
+        self._collected_since: dict[int, float] = {}  # newest rounds → when their collecting began
         self._waited_from = settings.first_round  # since it started, or caught up: for earlier rounds it did not wait
+        self._lacks_state = settings.needs_state
+        self._first_state_at = math.inf  # when a neighbour gave its own, while this node lacks one
         self._next_heartbeat = now + settings.heartbeat
         self._next_waiting_line = now + WAITING_LINE
         self._mass = settings.mass if settings.held_mass is None else settings.held_mass  # only push-sum changes it
@@ -196,21 +222,30 @@ class Node:
                 settings.name, settings.members, settings.epoch, settings.address, settings.suspicion
             )
         self._beats = 0
+        self._news: dict[str, MemberRecord] = {}  # by member, to pass on with the next heartbeat: nobody waits for it
         self._told: tuple[str, ...] | None = None  # who gets the update of the round in progress; None: everybody
         # The newest two: a neighbour may still need the one before, if it was lost when we already went on.
         self._own_updates: list[OwnUpdate] = []
         self._trained: Trained | None = None
+        self._took_part = settings.first_round > 0  # its vector holds something of others'
+        self._folds_late = settings.drift <= 1 and not (settings.two_way or self._push_sum)
+        self._alone = False
         self._merged: tuple[str, ...] = ()
         self._missing: tuple[str, ...] = ()
         self._waited = 0.0
         self._leaving = False
         self._goodbye_message = Goodbye(0, "leaving")
+        self._here = self._part(self.round)
+        self._deadline = self._next_deadline()
 
     # -- What the driver asks ----------------------------------------------------------------------------------------
 
     @property
     def deadline(self) -> float | None:
-        """When to send a Tick if nothing happens before; None when done."""
+        """When to send a Tick if nothing happens before; None when done. As of the last event."""
+        return self._deadline
+
+    def _next_deadline(self) -> float | None:
         match self.phase:
             case Phase.DONE:
                 return None
@@ -220,7 +255,78 @@ class Node:
                 awaited = self._awaited()
                 returns = [n.down_since + self.settings.grace for n in awaited if n.alive and not n.linked]
                 passed = [self._passed_us_by(n) for n in awaited if self.phase is Phase.COLLECTING]
-                return min(self._next_heartbeat, self._next_waiting_line, self._waits_until(), *returns, *passed)
+                return min(self._next_heartbeat, self._next_waiting_line, self._waits_until(awaited), *returns, *passed)
+
+    def status(self, now: float) -> Status:
+        """What there is to say at time `now` to whoever asks: it changes nothing."""
+        everybody = self.neighbours.values()
+        membership = self.membership
+        since = {Phase.COMPUTING: self._computing_since, Phase.DONE: self._now}.get(self.phase, self._waiting_since)
+        return Status(
+            name=self.settings.name,
+            epoch=self.settings.epoch,
+            phase=self.phase.value,
+            round=self.round,
+            rounds=self.settings.rounds,
+            seconds=now - since,
+            awaited=self._why_waiting(now),
+            neighbours=tuple(self._status_of(n, now) for n in everybody),
+            living=1 + sum(n.alive for n in everybody) if membership is None else len(membership.live),
+            members=1 + len(everybody) if membership is None else len(self.settings.members),
+            alone=not any(n.linked and n.alive and n.gone_after is None for n in everybody),
+            address=self.settings.address,
+            rejected=dict(self.conduct.counts),
+        )
+
+    def _why_waiting(self, now: float) -> tuple[Awaited, ...]:
+        if self.phase not in (Phase.JOINING, Phase.COLLECTING):
+            return ()
+        since, until = now - self._waiting_since, self._waits_until()
+        left = max(0.0, until - now)
+        if self.phase is Phase.COLLECTING:
+            return tuple(
+                Awaited(n.name, self._missing_of(n), since, left, max(0.0, min(until, self._given_up_at(n)) - now))
+                for n in self._awaited()
+            )
+        others = sum(n.linked and n.name not in self.settings.neighbours for n in self.neighbours.values())
+        names = [*self.awaited(), *[""] * (self.settings.unnamed - others)]
+        return tuple(Awaited(name, "its link", since, left, left) for name in names)
+
+    def _missing_of(self, neighbour: Neighbour) -> str:
+        """What is awaited of it, in words."""
+        if self._only_hears_us(neighbour.name):
+            what = f"word that it has come to round {self.round}"
+        elif neighbour.heard >= self._needed:
+            what = f"word that our update of round {self.round} came"
+        else:
+            what = f"its update of round {self._needed:.0f}"
+        return what if neighbour.linked else f"its link, and {what}"
+
+    def _given_up_at(self, neighbour: Neighbour) -> float:
+        """When it is no longer waited for, if nothing is heard from it."""
+        settings = self.settings
+        last = neighbour.last_sign + settings.silence if neighbour.linked else neighbour.down_since + settings.grace
+        return min(last, self._passed_us_by(neighbour))
+
+    def _status_of(self, neighbour: Neighbour, now: float) -> NeighbourStatus:
+        if neighbour.gone_after is not None:
+            standing = "finished" if neighbour.gone_after >= self.settings.rounds else "left"
+        elif self.membership is not None:
+            standing = self.membership.standing(neighbour.name).value
+        elif neighbour.epoch == 0:
+            standing = "absent"
+        else:
+            doubt = Standing.ALIVE if neighbour.linked else Standing.SUSPECT
+            standing = (doubt if neighbour.alive else Standing.DEAD).value
+        return NeighbourStatus(
+            name=neighbour.name,
+            linked=neighbour.linked,
+            alive=neighbour.alive,
+            standing=standing,
+            round=neighbour.round,
+            last_sign=now - neighbour.last_sign if neighbour.epoch > 0 else None,
+            lateness=statistics.median(neighbour.lateness) if neighbour.lateness else None,
+        )
 
     def check_offer(self, peer: str, round: int) -> None:
         """BadMessage if an update of this round is not wanted from this peer; asked before anything is allocated.
@@ -258,6 +364,7 @@ class Node:
         elif isinstance(event, LinkUp) and event.peer in self.neighbours:  # it still needs what we sent last
             self._send_again(event, 2)
             self._send((event.peer,), self._goodbye_message)
+        self._deadline = self._next_deadline()
         effects, self._effects = self._effects, []
         return effects
 
@@ -297,6 +404,7 @@ class Node:
         self._heartbeat()
         self._listen_for_silence()
         self._advance()
+        self._say_whether_alone()
         self._say_why_waiting()
 
     def _forgive_own_pause(self, now: float) -> None:
@@ -308,6 +416,7 @@ class Node:
         if self.membership is not None:
             self.membership.stalled(now, pause)
         self._waiting_since += pause
+        self._first_state_at += pause
         for neighbour in self.neighbours.values():
             neighbour.last_sign += pause
             neighbour.down_since += pause
@@ -327,11 +436,13 @@ class Node:
                 return
             self.neighbours[event.peer] = Neighbour(event.peer)
             self.neighbours = dict(sorted(self.neighbours.items()))
+            self._here = self._part(self.round)
         neighbour = self.neighbours[event.peer]
         back, same_process = neighbour.epoch > 0, neighbour.epoch == event.epoch
         if event.epoch > neighbour.epoch:  # a new start of its process: what the old one said no longer counts
             neighbour.round, neighbour.heard, neighbour.confirmed, neighbour.gone_after = 0, -1, -1, None
             neighbour.offered, neighbour.ahead_since = -1, None
+            neighbour.missed, neighbour.in_step, neighbour.degraded = 0, 0, False
             neighbour.updates.clear()
         neighbour.linked, neighbour.alive, neighbour.sought_since = True, True, None
         neighbour.epoch, neighbour.mass, neighbour.last_sign = event.epoch, event.mass, self._now
@@ -391,25 +502,52 @@ class Node:
         self._claim(peer, update.round)
         if update.round >= self._waited_from:
             neighbour.lateness.append(self._lateness(neighbour, update.round))
+        neighbour.updated_at = self._now
         if self._push_sum and not (update.mass <= MAX_MASS and update.reach >= 1):
             why = f"round {update.round} is cut into {update.reach} portions of a mass of {update.mass}"
             self._rejected(Rejected(peer, "bad_mass", why))
         elif not self._push_sum and update.mass != neighbour.mass:
             why = f"round {update.round} weighs {update.mass}, its hello said {neighbour.mass}"
             self._rejected(Rejected(peer, "bad_mass", why))
-        elif update.round < self._needed:
-            self._note("late", peer=peer, round=update.round)
         else:
-            if self.settings.staleness > 0:
+            self._count_if_in_step(neighbour, update.round)
+            if update.round < self._needed and not self._folds_late:
+                return
+            if self.settings.staleness > 0 or self._lacks_state:
                 neighbour.updates.clear()  # rounds are not kept in step, so only its newest model counts
+            for late in [r for r in neighbour.updates if r < self._needed]:
+                del neighbour.updates[late]  # what is newer stands in its place
+            if self._lacks_state:
+                self._first_state_at = min(self._first_state_at, self._now)
             neighbour.updates[update.round] = update
             if self.settings.two_way:
                 self._send((peer,), Receipt(update.round))
 
-    def _lateness(self, neighbour: Neighbour, round: int) -> float:
-        """How long its update of this round was waited for; 0 if it was not."""
+    def _count_if_in_step(self, neighbour: Neighbour, round: int) -> None:
+        """Count how often it is in time, and restore who was too slow to be waited for."""
         if round < self._needed:
-            return self._patience([neighbour])  # it missed a deadline: how long it really needs is not known yet
+            neighbour.in_step = 0
+            self._note("late", peer=neighbour.name, round=round)
+            return
+        neighbour.in_step, neighbour.missed = neighbour.in_step + 1, 0
+        if neighbour.degraded and neighbour.in_step >= MAX_MISSED:
+            neighbour.degraded = False
+            self._note("restored", peer=neighbour.name, round=round)
+
+    def _miss(self, neighbour: Neighbour) -> None:
+        """It was waited for in vain. If it comes no nearer in three such rounds, waiting does not help."""
+        behind = self.round - neighbour.round
+        nearer = neighbour.missed > 0 and behind < neighbour.behind
+        neighbour.missed, neighbour.behind, neighbour.in_step = 1 if nearer else neighbour.missed + 1, behind, 0
+        if neighbour.missed >= MAX_MISSED and not neighbour.degraded:
+            neighbour.degraded = True
+            self._note("degraded", peer=neighbour.name, round=self.round, behind=behind)
+
+    def _lateness(self, neighbour: Neighbour, round: int) -> float:
+        """How long its update of this round was waited for, or should have been; 0 if it came at once."""
+        if round < self._needed:  # it missed a deadline; one round takes it no longer than the time since its last one
+            since = max(self._collected_since.get(round, -math.inf), neighbour.updated_at)
+            return min(self._now - since, MAX_PATIENCE)
         waited_for = self.phase is Phase.COLLECTING and round <= self.round
         return self._now - self._waiting_since if waited_for else 0.0
 
@@ -472,7 +610,8 @@ class Node:
         older = [kept for kept in self._own_updates if kept.unsent and kept.update.round >= event.round - self._ahead]
         self._own_updates = [*older, *(kept for kept in self._own_updates[-1:] if kept not in older), own]
         self.phase = Phase.COLLECTING
-        self._waiting_since = self._now
+        self._waiting_since = self._collected_since[event.round] = self._now
+        self._collected_since.pop(event.round - OBSERVED_ROUNDS, None)
         self._next_waiting_line = self._now + WAITING_LINE
         self._send(tuple(name for name in listeners if own.is_for(name)), own.update)
         if self._leaving:
@@ -502,6 +641,9 @@ class Node:
             listeners = self._listeners()
             self._send(listeners, Heartbeat(self.round, self._view))
             self._beats += 1
+            news, self._news = tuple(self._news.values()), {}
+            for start in range(0, len(news), MAX_TOLD):
+                self._send(listeners, Gossip(news[start : start + MAX_TOLD], ()))
             if self.membership is not None and listeners and self._beats % ANTI_ENTROPY == 0:
                 turn = self._beats // ANTI_ENTROPY % len(listeners)
                 self._tell_all(listeners[turn : turn + 1])
@@ -529,6 +671,17 @@ class Node:
                 self._doubt(neighbour.name, f"no link to it within {silence:g} s")
         self._changed(self.membership.pass_time(self._now))
 
+    def _say_whether_alone(self) -> None:
+        """Without anybody to average with one trains on, and says so. Who finished leaves nobody alone."""
+        if self.phase not in (Phase.COMPUTING, Phase.COLLECTING) or self.round >= self.settings.rounds:
+            return
+        everybody = self.neighbours.values()
+        finished = bool(everybody) and all(n.gone_after is not None for n in everybody)
+        alone = not finished and not any(n.alive for n in everybody)
+        if alone and not self._alone:
+            self._note("alone", round=self.round)
+        self._alone = alone
+
     def _say_why_waiting(self) -> None:
         if self.phase not in (Phase.JOINING, Phase.COLLECTING) or self._now < self._next_waiting_line:
             return
@@ -546,15 +699,19 @@ class Node:
 
     def _horizon(self) -> float:
         """The newest round whose updates are taken: a little ahead of us, or of most others if those are far ahead."""
+        if self._lacks_state:
+            return math.inf  # the updates themselves will show where most others are
         claims = [n.round for n in self.neighbours.values() if n.linked]
         return catch_up_round(self.round, claims, self._ahead) + self._ahead
 
     def _awaited(self) -> list[Neighbour]:
         match self.phase:
             case Phase.JOINING:
-                return [n for n in self.neighbours.values() if not n.linked]
+                return [n for n in self.neighbours.values() if not n.linked or (self._lacks_state and not n.updates)]
             case Phase.COLLECTING:
-                return [n for n in self.neighbours.values() if self._is_awaited(n)]
+                awaited = [n for n in self.neighbours.values() if self._is_awaited(n)]
+                in_step = any(n.alive and not n.degraded for n in self.neighbours.values())
+                return [n for n in awaited if not n.degraded] if in_step else awaited  # or one would run on alone
             case _:
                 return []
 
@@ -566,8 +723,7 @@ class Node:
         return Neighbourhood(dict.fromkeys(names), names)
 
     def _only_hears_us(self, peer: str) -> bool:
-        part = self._part(self.round)
-        return peer in part.tells and peer not in part.hears
+        return peer in self._here.tells and peer not in self._here.hears
 
     def _is_awaited(self, neighbour: Neighbour) -> bool:
         """Whether something is missing that may still come: an update, or the word that it can go on."""
@@ -575,20 +731,22 @@ class Node:
             return False
         if self._only_hears_us(neighbour.name):  # or we would run away from it, and it has no room for what we send
             return neighbour.gone_after is None and neighbour.round < self.round
-        if neighbour.name not in self._part(self.round).hears or not self._tells_us(neighbour):
+        if neighbour.name not in self._here.hears or not self._tells_us(neighbour):
             return False
         if neighbour.heard >= self._needed:
             unconfirmed = self.round in neighbour.updates and not self._may_fold(neighbour)
-            return unconfirmed and neighbour.gone_after is None
+            return unconfirmed and neighbour.gone_after is None and self._now < self._passed_us_by(neighbour)
         if self._now >= self._passed_us_by(neighbour):
             return False
         if neighbour.gone_after is not None:  # its last update may be under way, or come again within the grace
             return neighbour.gone_after > self._needed
-        return neighbour.round <= self._horizon()  # or else what it sends next is too new for us
+        # Or else what it sends next is too new for us; the horizon is never nearer than this.
+        return neighbour.round <= self.round + self._ahead or neighbour.round <= self._horizon()
 
     def _passed_us_by(self, neighbour: Neighbour) -> float:
-        """When it is clear that it sent us no update of this round: it went on long ago, and did not even begin."""
-        if neighbour.ahead_since is None or neighbour.offered >= self.round or self.settings.staleness > 0:
+        """When it is clear that what we wait for will not come: it went on long ago, and did not even begin to send."""
+        under_way = neighbour.heard < self.round <= neighbour.offered
+        if neighbour.ahead_since is None or under_way or self.settings.staleness > 0:
             return math.inf
         return max(neighbour.ahead_since, self._waiting_since) + self.settings.grace
 
@@ -609,16 +767,21 @@ class Node:
             floor = max(floor, self.settings.join_timeout)
         return patience([n.lateness for n in neighbours], floor)
 
-    def _waits_until(self) -> float:
+    def _waits_until(self, awaited: Sequence[Neighbour] | None = None) -> float:
         """When one goes on without those who are awaited."""
         if self.phase is Phase.JOINING:
-            return self._waiting_since + self.settings.join_timeout
-        return self._waiting_since + self._patience(self._awaited())
+            until = self._waiting_since + self.settings.join_timeout
+            if any(n.updates for n in self.neighbours.values()):  # a state: the others' are not waited for much longer
+                until = min(until, self._first_state_at + self.settings.patience)
+            return until
+        return self._waiting_since + self._patience(self._awaited() if awaited is None else awaited)
 
     # -- What follows ------------------------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        if self.phase is Phase.JOINING:
+        if self.phase is Phase.JOINING and self._lacks_state:
+            self._seek_state()
+        elif self.phase is Phase.JOINING:
             expected = len(self.settings.neighbours) + self.settings.unnamed
             linked = sum(n.linked for n in self.neighbours.values())
             named = all(self.neighbours[name].linked for name in self.settings.neighbours)
@@ -629,67 +792,99 @@ class Node:
             target = self._catch_up_target()
             if target > self.round:
                 self._catch_up(target)
-            elif not self._awaited() or self._now >= self._waits_until():
+            elif not (awaited := self._awaited()) or self._now >= self._waits_until(awaited):
                 self._fold()
 
-    def _start(self) -> None:
+    def _seek_state(self) -> None:
+        """Go on from the state of most live neighbours, or in the end from what there is; without any, give up."""
+        target = self._catch_up_target()
+        if target < 0 and self._now >= self._waits_until():
+            target = catch_up_round(-1, [max(n.updates) for n in self.neighbours.values() if n.updates], 0)
+            if target < 0:
+                self._note("no_state")
+                self._finish(False)
+        if target >= 0:
+            self._say_who_is_absent()
+            self._catch_up(target)
+
+    def _say_who_is_absent(self) -> None:
         missing = tuple(n.name for n in self.neighbours.values() if not n.linked)
         if missing:
             self._note("absent", peers=missing)
             for name in missing:
                 self._doubt(name, "it never came")
-        if not any(n.linked for n in self.neighbours.values()):
-            self._note("alone")
+
+    def _start(self) -> None:
+        self._say_who_is_absent()
         self._compute(self.round, ())
 
     def _catch_up_target(self) -> int:
-        """The round to jump to; the own one if most others are not far ahead."""
-        alive = [n for n in self.neighbours.values() if n.alive]
+        """The round to jump to; the own one if most others are not far ahead. Whoever lacks a state is at round -1."""
+        own, ahead = (-1, 0) if self._lacks_state else (self.round, self._ahead)
+        # Without a state, it matters who is heard first: so those who have no link yet count as well.
+        alive = [n for n in self.neighbours.values() if n.alive or (self._lacks_state and n.epoch == 0)]
         if self.settings.drift <= 1:
             hears = self._part(self.round).hears
             models = [max(n.updates, default=-1) for n in alive if n.name in hears]
-            return catch_up_round(self.round, models, self._ahead)
+            return catch_up_round(own, models, ahead)
         models = [max(n.updates, default=-1) for n in alive]
         # Where the graph changes, few neighbours send in one round: most must claim to be ahead, and one have sent.
-        target = catch_up_round(self.round, [n.round for n in alive if n.linked], self._ahead)
-        return max(self.round, min(target, max(models, default=-1)))
+        target = catch_up_round(own, [n.round for n in alive if n.linked], ahead)
+        return max(own, min(target, max(models, default=-1)))
 
     def _fold(self) -> None:
         part, updates = self._part(self.round), dict[str, Update]()
         for neighbour in self.neighbours.values():
-            if self._is_awaited(neighbour) and self._only_hears_us(neighbour.name):
-                neighbour.lateness.append(self._patience([neighbour]))  # how long it really needs is not known yet
+            if self._is_awaited(neighbour):
+                if self._only_hears_us(neighbour.name):
+                    neighbour.lateness.append(self._patience([neighbour]))  # how long it really needs is not known yet
+                elif neighbour.heard < self._needed:
+                    self._miss(neighbour)
             update = self._take_update(neighbour)
-            # A mass that is not in the reach (it joined, or changed it, during this round) would make more than a mean.
-            counts = self._push_sum or (update is not None and self._counted.get(neighbour.name) == update.mass)
-            if update is not None and counts and self._may_fold(neighbour):
+            if update is not None and self._counts(neighbour, update) and self._may_fold(neighbour):
                 updates[neighbour.name] = update
         own, heard = Stake(self._mass, self._reach), {name: Stake(u.mass, u.reach) for name, u in updates.items()}
         fixed = {name: weight for name, weight in part.hears.items() if weight is not None}
         weights = weights_of(self.settings.weights, own, heard, fixed)
+        for name, update in updates.items():
+            weights[name] *= staleness_weight(max(0.0, self._needed - update.round))
         if self._push_sum:
             self._mass = mass_after(own, heard)
         self._merged = tuple(updates)
         self._missing = tuple(name for name in self.neighbours if name in part.hears and name not in updates)
         self._waited = self._now - self._waiting_since
         contributions = tuple(Contribution(name, u.round, weights[name], u.vector) for name, u in updates.items())
+        self._took_part = self._took_part or bool(contributions)
         self._compute(self.round + 1, contributions)
 
+    def _counts(self, neighbour: Neighbour, update: Update) -> bool:
+        """Whether both ends of the edge give it the same weight."""
+        if self._push_sum:
+            return True
+        if self._whole_graph and update.reach != self._reach:
+            return False  # its weights are those of a graph over other members
+        # A mass that is not in the reach (it joined, or changed it, during this round) would make more than a mean.
+        return self._counted.get(neighbour.name) == update.mass
+
     def _take_update(self, neighbour: Neighbour) -> Update | None:
-        """The update to fold now: of this very round, or, where staleness is allowed, the only one that was kept."""
-        if self.settings.staleness == 0:
-            return neighbour.updates.pop(self.round, None)
-        return neighbour.updates.popitem()[1] if neighbour.updates else None
+        """The update to fold now: of this very round, or a late one; with staleness, the one that was kept."""
+        rounds = [round for round in neighbour.updates if round <= self.round or self.settings.staleness > 0]
+        taken = [neighbour.updates.pop(round) for round in sorted(rounds)]
+        return taken[-1] if taken else None
 
     def _catch_up(self, target: int) -> None:
-        """One is behind most of the neighbours: take the plain mean of their newest models and go on with them."""
+        """One is behind most of the neighbours: go on with the mean of their newest models and the own one.
+
+        That counts less the older it is; and not at all before it was ever averaged with one of theirs.
+        """
         newest = [(n.name, n.updates[max(n.updates)]) for n in self.neighbours.values() if n.updates]
         newest = [(name, update) for name, update in newest if update.round >= target]
-        contributions = tuple(Contribution(name, u.round, 1 / len(newest), u.vector) for name, u in newest)
+        own = staleness_weight(target - self.round) if self._took_part else 0.0
+        contributions = tuple(Contribution(name, u.round, 1 / (len(newest) + own), u.vector) for name, u in newest)
         for neighbour in self.neighbours.values():
             neighbour.updates.clear()
         self._note("caught_up", behind=self.round, round=target)
-        self._waited_from = target
+        self._waited_from, self._lacks_state = target, False
         self._trained = None  # the round that is skipped has no record
         self._compute(target, contributions)
 
@@ -702,20 +897,23 @@ class Node:
         self._counted = {name: mass for name, mass in masses.items() if mass is not None}
         self._told = part.tells if self._wiring is not None else None
         self._reach = reach([self._mass, *self._counted.values()])
+        if self._whole_graph:
+            self._reach = graph_reach(self._view)
         if self._push_sum:  # mass that is sent to somebody who is not there would be lost
             self._told = tuple(name for name in self._listeners() if name in part.tells)
             self._reach = 1.0 + len(self._told)
-        self.round = round
+        self.round, self._here = round, part
         for neighbour in self.neighbours.values():
             neighbour.ahead_since = self._now if neighbour.round > round else None
         self.phase = Phase.COMPUTING
+        self._computing_since = self._now
         self._send(
             tuple(n for n in self._listeners() if n in part.hears and n not in part.tells), Heartbeat(round, self._view)
         )
         train = round < self.settings.rounds
         if train and round > self.settings.first_round and round % self.settings.checkpoint_every == 0:
             self._effects.append(Save(round))
-        step = self.settings.mass / self._mass
+        step = min(self.settings.mass / self._mass, MAX_STEP)
         self._effects.append(Compute(round, contributions, self._mass, self._reach, train, step))
 
     # -- Who lives ---------------------------------------------------------------------------------------------------
@@ -730,9 +928,12 @@ class Node:
         fresh = [n.name for n in self.neighbours.values() if n.linked and n.alive]
         heard = self.membership.heard(records, hints, fresh, self._now)
         self._changed(heard.changes)
-        if heard.news or heard.believed:  # each node passes a piece of news on once, so that it dies out
-            others = tuple(name for name in self._listeners() if name != peer or self.membership.own in heard.news)
-            self._send(others, Gossip(heard.news, heard.believed))
+        changed = {change.name for change in heard.changes}
+        urgent = tuple(r for r in heard.news if r.name in changed or r.name == self.settings.name)
+        self._news.update({record.name: record for record in heard.news if record not in urgent})
+        if urgent or heard.believed:  # each node passes a piece of news on once, so that it dies out
+            others = tuple(name for name in self._listeners() if name != peer or self.membership.own in urgent)
+            self._send(others, Gossip(urgent, heard.believed))
         for hint in heard.doubted:
             self._send((hint.name,), Gossip((), (hint,)))
 
@@ -757,7 +958,9 @@ class Node:
 
     def _rewire(self) -> None:
         """Between two rounds: go on with the graph over those who live now."""
-        if self.membership is None or self.settings.wiring is None or self.membership.live == self._members:
+        if self.membership is None or self.settings.wiring is None:
+            return
+        if self.membership.live is self._members or self.membership.live == self._members:
             return
         before, self._members = self._members, self.membership.live
         self._old_view, self._old_wiring = self._view, self._wiring
@@ -770,6 +973,9 @@ class Node:
                 self.neighbours[name].sought_since = self._now
                 self._effects.append(Connect(name, self.membership.address(name)))
         self.neighbours = dict(sorted(self.neighbours.items()))
+        for name in self.membership.sought():
+            if name not in self.neighbours or not self.neighbours[name].linked:
+                self._effects.append(Connect(name, self.membership.address(name)))
         gone, back = set(before) - set(self._members), set(self._members) - set(before)
         self._note(
             "rewired",

@@ -22,7 +22,8 @@ keeps the portion m_i / S_i of it and gives as much to each that it sends to, wh
 one. The new vector is the mean of the arrived ones weighted by their portions, the new mass the sum of the portions:
 the vectors converge to sum m_i(0) x_i / sum m(0) on any strongly connected graph.
 
-The others (`max-degree`, `best-constant`, `fastest`, `given`) follow from the whole graph: see `topology.matrix`.
+The others (`max-degree`, `best-constant`, `fastest`, `given`) follow from the whole graph: see `topology.matrix`. Both
+ends must mean the same graph, or one would give more than the other: here the reach says which graph it is.
 """
 
 from __future__ import annotations
@@ -81,6 +82,22 @@ def mass(weights: str, samples: int) -> float:
 def reach(masses: Iterable[float]) -> float:
     """S_i from the masses of a node and its neighbours, in any order: the sum is exactly rounded."""
     return math.fsum(masses)
+
+
+def graph_reach(view: int) -> float:
+    """What a node says as its reach where weights follow from the whole graph: a number for the members it is over.
+
+    `view` is a digest of them, 0 to 2^32 - 1.
+    """
+    return 1.0 + view
+
+
+def staleness_weight(late: float) -> float:
+    """By how much the weight of a vector is multiplied that comes `late` rounds after it was needed, in (0, 1].
+
+    1 / (1 + late): the polynomial one of Xie, Koyejo and Gupta, Asynchronous Federated Optimization, 2019, with a = 1.
+    """
+    return 1.0 / (1.0 + late)
 
 
 def neighbour_weight(mass_of_neighbour: float, own_reach: float, neighbours_reach: float) -> float:

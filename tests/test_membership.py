@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pfl.membership import MAX_STRETCH, Membership, Standing, newer, suspicion_timeout
+from p2pfl.membership import MAX_STRETCH, Membership, Standing, followers, newer, suspicion_timeout
 from p2pfl.messages import Hint, MemberRecord
 
 NAMES = ("a", "b", "c", "me")
@@ -50,6 +50,26 @@ def test_the_later_start_holds_and_within_it_the_later_refutation(
 )
 def test_a_suspicion_lasts_as_long_as_a_rumour_needs(members: int, stretch: float, seconds: float) -> None:
     assert suspicion_timeout(10.0, members, stretch) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("name", "living", "seekers"),
+    [
+        ("c", "abde", "de"),
+        ("d", "abce", "ea"),
+        ("e", "abcd", "ab"),
+        ("a", "e", "e"),
+        ("c", "ab", "ab"),
+    ],
+)
+def test_the_dead_are_sought_by_the_next_two_in_the_circle_of_names(name: str, living: str, seekers: str) -> None:
+    assert followers(name, tuple(living)) == tuple(seekers)
+
+
+@given(st.sets(st.sampled_from("abcdefghij"), min_size=1), st.sets(st.sampled_from("abcdefghij"), min_size=1))
+def test_each_side_of_a_cut_seeks_everybody_on_the_other(one: set[str], other: set[str]) -> None:
+    sought = {dead for dead in other - one for name in one if name in followers(dead, sorted(one))}
+    assert sought == other - one
 
 
 # -- Stories ---------------------------------------------------------------------------------------------------------

@@ -32,11 +32,13 @@ from p2pfl.messages import (
     Event,
     Folded,
     Goodbye,
+    Gossip,
     Happened,
     Heartbeat,
     Leave,
     LinkDown,
     LinkUp,
+    MemberRecord,
     Message,
     Receipt,
     Received,
@@ -51,10 +53,10 @@ from p2pfl.messages import (
     Update,
     Value,
 )
-from p2pfl.node import MAX_MASS, MAX_PATIENCE, Node, Phase, Settings, catch_up_round, patience
+from p2pfl.node import MAX_MASS, MAX_PATIENCE, Node, Phase, Settings, catch_up_round, patience, view_of
 from p2pfl.topology import Topology, build, neighbourhoods, wiring
 from p2pfl.topology.matrix import mixing_matrix
-from p2pfl.weights import Neighbourhood
+from p2pfl.weights import Neighbourhood, Wiring, graph_reach
 
 SCORES = Scores({"loss": 0.5})
 TRAINED = Trained(0.5, SCORES, 1.0, 0.25)
@@ -251,12 +253,35 @@ def test_it_does_not_wait_for_the_absent_where_the_others_are_already_under_way(
 
 def test_alone_it_trains_and_says_so() -> None:
     node = fresh(neighbours=(), rounds=2)
-    assert node.handle(Tick(), 0.0) == [said("alone"), compute(0, reach=1.0)]
+    assert node.handle(Tick(), 0.0) == [compute(0, reach=1.0), said("alone", round=0)]
     assert node.handle(computed(0), 1.0) == [compute(1, reach=1.0)]
     ended = Record(RoundEnded(0, TRAINED, FOLDED, (), (), 0.0))
     assert node.handle(computed(1), 2.0) == [ended, compute(2, reach=1.0, train=False)]
     forsaken = fresh(join_timeout=0.0)
-    assert forsaken.handle(Tick(), 0.0) == [said("absent", peers=("a", "b")), said("alone"), compute(0, reach=1.0)]
+    absent = said("absent", peers=("a", "b"))
+    assert forsaken.handle(Tick(), 0.0) == [absent, compute(0, reach=1.0), said("alone", round=0)]
+
+
+def test_who_loses_everybody_says_so_once_and_trains_on() -> None:
+    node = collecting(round=1, grace=1.0)
+    node.handle(LinkDown("a"), 0.0)
+    assert words(node.handle(LinkDown("b"), 0.5)) == ["suspected"]
+    assert words(node.handle(Tick(), 1.0)) == ["died"]
+    left = node.handle(Tick(), 1.5)
+    assert words(left) == ["died", "alone"] and left[1] == compute(2)
+    assert words(node.handle(computed(2), 2.0)) == []
+    assert words(node.handle(up("a", round=2), 3.0)) == ["returned"]
+    assert words(node.handle(LinkDown("a"), 4.0)) == ["suspected"]
+    assert words(node.handle(Tick(), 5.0)) == ["died", "alone"]
+
+
+def test_who_finished_leaves_nobody_alone() -> None:
+    node = collecting(round=1)
+    for name in ("a", "b"):
+        node.handle(got(name, 1), 0.0)
+        node.handle(Received(name, Goodbye(2, "finished")), 0.0)
+        assert words(node.handle(LinkDown(name), 0.0)) == []
+    assert words(node.handle(Tick(), 2.0)) == []
 
 
 def test_only_an_open_node_takes_whoever_links_and_a_member_that_is_no_neighbour_is_told() -> None:
@@ -365,9 +390,9 @@ def test_a_flapping_link_costs_no_more_than_the_patience() -> None:
     assert node.handle(Tick(), 5.0)[-1] == compute(2, folded("a", round=1))
 
 
-def test_a_slow_neighbour_is_left_behind_at_first_and_then_given_more_time() -> None:
+def test_a_slow_neighbour_is_left_behind_once_and_then_given_the_time_that_it_needs() -> None:
     node = collecting(round=1, patience=5.0)
-    deadlines = []
+    missed = []
     now = 0.0
     for r in range(1, 8):
         began = now
@@ -376,18 +401,17 @@ def test_a_slow_neighbour_is_left_behind_at_first_and_then_given_more_time() -> 
         while node.phase is Phase.COLLECTING and node.deadline is not None and node.deadline < now:
             ended = node.deadline
             node.handle(Tick(), ended)
-        if node.phase is Phase.COLLECTING:
-            assert node.handle(got("b", r), now) == [compute(r + 1, folded("a", "b", round=r))]
+        if node.phase is Phase.COMPUTING:
+            missed.append((r, ended - began))
+            assert node.handle(got("b", r), now) == [said("late", peer="b", round=r)]
         else:
-            deadlines.append(ended - began)
-            assert node.handle(got("b", r), now) == [said("late", peer="b", round=r)]  # counted, never folded
+            assert words(node.handle(got("b", r), now)) == []
         node.handle(computed(r + 1), now)
-    # b was in time once, before: median of (0, 5), then of (0, 5, 7.5), …
-    assert deadlines == [5.0, 7.5, 15.0, 18.75]
+    assert missed == [(1, 5.0)]  # three times the median of (0, 20) is enough from then on
 
 
-def test_an_update_that_comes_while_the_next_round_is_trained_is_late() -> None:
-    """It must neither pass for punctual, which would hide that its sender is slow, nor be folded a round later."""
+def test_a_late_update_is_folded_a_round_later_and_counts_less() -> None:
+    """Nor may it pass for punctual, which would hide that its sender is slow."""
     node = collecting(round=1, patience=5.0)
     node.handle(got("a", 1), 0.0)
     assert node.handle(Tick(), 5.0) == [compute(2, folded("a", round=1))]
@@ -395,8 +419,89 @@ def test_an_update_that_comes_while_the_next_round_is_trained_is_late() -> None:
     node.handle(computed(2), 10.0)
     node.handle(got("a", 2), 10.0)
     assert node.deadline == 15.0
-    assert node.handle(Tick(), 15.0) == [said("waiting", peers=("b",), round=2, since=5.0, left=2.5)]
-    assert node.handle(Tick(), 17.5) == [compute(3, folded("a", round=2))]
+    assert node.handle(Tick(), 15.0) == [said("waiting", peers=("b",), round=2, since=5.0, left=4.0)]
+    late = folded("a", round=2) + folded("b", round=1, weight=1 / 3 / 2)
+    assert node.handle(Tick(), 19.0) == [compute(3, late)]  # 9 s: three times the median of (0, 6)
+    node.handle(computed(3), 20.0)
+    node.handle(got("a", 3), 20.0)
+    assert node.handle(Tick(), 29.0)[-1] == compute(4, folded("a", round=3))  # b1 went in once, and not again
+
+
+def test_what_is_rounds_late_gives_way_to_what_is_newer() -> None:
+    node = collecting(round=3, patience=5.0)
+    node.handle(got("a", 3), 0.0)
+    node.handle(Tick(), 5.0)
+    node.handle(got("b", 3), 6.0)
+    node.handle(computed(4), 10.0)
+    node.handle(got("a", 4), 10.0)
+    assert node.handle(got("b", 4), 11.0) == [compute(5, folded("a", "b", round=4))]
+
+
+def test_where_rounds_must_not_mix_a_late_update_is_lost() -> None:
+    node = collecting(round=1, patience=5.0, two_way=True)
+    node.handle(Received("a", Receipt(1)), 0.0)
+    node.handle(got("a", 1), 0.0)
+    node.handle(Tick(), 5.0)
+    assert node.handle(got("b", 1), 6.0) == [said("late", peer="b", round=1)]
+    assert node.neighbours["b"].updates == {}
+
+
+def missing(node: Node, rounds: Sequence[int], now: float) -> float:
+    """Rounds in which a is in time, and b is not heard of; when the last of them ended."""
+    for r in rounds:
+        node.handle(got("a", r), now)
+        while node.phase is Phase.COLLECTING and node.deadline is not None:
+            now = node.deadline
+            node.handle(Tick(), now)
+        node.handle(computed(r + 1), now)
+    return now
+
+
+def test_who_misses_three_rounds_is_not_waited_for_until_it_was_in_step_for_three() -> None:
+    node = collecting(round=1, patience=5.0)
+    assert missing(node, [1, 2], 0.0) == 10.0 and node.awaited() == ("a", "b")
+    node.handle(got("a", 3), 10.0)
+    node.handle(Tick(), 15.0)
+    assert node.neighbours["b"].degraded and node.handle(computed(4), 15.0)[-1] == Send(("a", "b"), mine(4))
+    assert node.awaited() == ("a",)
+    assert node.handle(got("b", 2), 15.5) == [said("late", peer="b", round=2)]
+    late = folded("a", round=4) + folded("b", round=2, weight=1 / 3 / 3)
+    assert node.handle(got("a", 4), 16.0) == [compute(5, late)]  # without waiting for b: two rounds late, a third
+    for r in (5, 6):
+        node.handle(computed(r), 20.0)
+        node.handle(got("b", r), 20.0)
+        assert node.handle(got("a", r), 20.0) == [compute(r + 1, folded("a", "b", round=r))]
+    node.handle(computed(7), 20.0)
+    assert node.awaited() == ("a",)
+    assert node.handle(got("b", 7), 20.0) == [said("restored", peer="b", round=7)]
+    node.handle(got("a", 7), 20.0)
+    node.handle(computed(8), 20.0)
+    assert node.awaited() == ("a", "b")
+
+
+def test_who_comes_nearer_is_waited_for() -> None:
+    node = fresh(first_round=9, patience=5.0, join_timeout=5.0)
+    node.handle(up("a", round=9), 0.0)
+    node.handle(up("b", round=0), 0.0)  # it is from a part of the network that was cut off, and is slower
+    node.handle(computed(9), 0.0)
+    now = 0.0
+    for r, claim in ((9, 2), (10, 4), (11, 6), (12, 8)):  # now it does two rounds in the time of one of ours
+        node.handle(Received("b", Heartbeat(claim)), now)
+        now = missing(node, [r], now)
+    assert node.awaited() == ("a", "b") and now == 20.0
+
+
+def test_the_only_one_is_waited_for_however_slow() -> None:
+    """Or a fast node would run on alone to the end of its rounds."""
+    node = collecting(round=1, patience=5.0)
+    node.handle(Received("a", Goodbye(1, "leaving")), 0.0)
+    node.handle(LinkDown("a"), 0.0)
+    node.handle(Tick(), 5.0)
+    for r in range(2, 6):
+        node.handle(computed(r), 5.0 * r)
+        assert node.awaited() == ("b",)
+        node.handle(Tick(), 5.0 * r + 5.0)
+    assert node.neighbours["b"].degraded
 
 
 def test_who_is_ready_before_us_is_not_late() -> None:
@@ -611,6 +716,16 @@ def test_a_late_joiner_goes_on_from_the_mean_of_most_neighbours() -> None:
     ]  # none is folded twice
 
 
+def test_who_fell_behind_keeps_of_its_own_model_what_its_age_is_worth() -> None:
+    node = collecting(round=2)
+    for name in "ab":
+        node.handle(Received(name, Heartbeat(7)), 0.0)
+    node.handle(got("a", 7), 0.0)
+    effects = node.handle(got("b", 7), 0.0)
+    weight = 1 / (2 + 1 / 6)  # the own one is five rounds old: of three models it counts a sixth as much
+    assert effects == [said("caught_up", behind=2, round=7), compute(7, folded("a", "b", round=7, weight=weight))]
+
+
 def test_models_that_were_refused_are_no_reason_to_catch_up() -> None:
     node = collecting(round=1, neighbours=("a",))
     node.handle(Received("a", Heartbeat(50)), 0.0)
@@ -638,6 +753,103 @@ def test_it_does_not_wait_for_one_that_is_out_of_reach() -> None:
     node.handle(up("b"), 0.0)
     node.handle(computed(0), 0.0)
     assert node.awaited() == ("b",)
+
+
+# -- Whose checkpoints are damaged -----------------------------------------------------------------------------------
+
+
+def stateless(**changes: object) -> Node:
+    return fresh(needs_state=True, join_timeout=60.0, patience=5.0, **changes)
+
+
+def test_who_lacks_a_state_goes_on_from_that_of_its_neighbours_and_nothing_of_its_own_is_in_it() -> None:
+    node = stateless()
+    for peer, round in (("a", 57), ("b", 51)):  # without it in between, they have come apart
+        assert not [e for e in node.handle(up(peer, round=round), 0.0) if isinstance(e, (Compute, Send))]
+    assert node.handle(got("a", 57), 0.5) == []  # one of two: it may be a lie
+    assert node.awaited() == ("b",)
+    effects = node.handle(got("b", 51), 0.75)
+    assert effects == [
+        said("caught_up", behind=0, round=51),
+        compute(51, (*folded("a", round=57, weight=1 / 2), *folded("b", round=51, weight=1 / 2))),
+    ]
+    assert node.handle(computed(51), 1.0)[0] == Send(("a", "b"), mine(51))  # its first update of all
+
+
+def test_the_state_before_the_first_round_ended_is_a_state_too() -> None:
+    node = stateless()
+    for peer in "ab":
+        node.handle(up(peer), 0.0)
+    node.handle(got("a", 0), 0.5)
+    assert node.handle(got("b", 0), 0.5)[-1] == compute(0, folded("a", "b", round=0, weight=1 / 2))
+
+
+def test_it_never_starts_from_its_own_vector_and_ends_when_nobody_gives_a_state() -> None:
+    node = stateless()
+    for peer in "ab":
+        node.handle(up(peer, round=3), 0.0)
+    story = ticks(node, 100.0)
+    assert not [effect for _, effect in story if isinstance(effect, Compute)]
+    assert [(t, effect) for t, effect in story if effect in (said("no_state"), Done(False))] == [
+        (60.0, said("no_state")),
+        (60.0, Done(False)),
+    ]
+    assert node.phase is Phase.DONE
+
+
+def test_a_donor_that_dies_on_the_way_gives_way_to_the_next() -> None:
+    node = stateless(neighbours=("a", "b"), grace=1.0)
+    for peer in "ab":
+        node.handle(up(peer, round=57), 0.0)
+    node.check_offer("a", 57)  # it began …
+    node.handle(got("b", 57), 0.5)
+    node.handle(LinkDown("a", "the bulk connection broke"), 0.75)  # … and broke off at 99 %
+    story = ticks(node, 2.0)
+    assert [(t, e) for t, e in story if isinstance(e, Compute)] == [
+        (1.75, compute(57, folded("b", round=57, weight=1.0)))
+    ]
+
+
+@pytest.mark.parametrize("b_is_there", [True, False])
+def test_a_donor_whose_model_is_of_no_use_gives_way_to_the_next(b_is_there: bool) -> None:
+    """Nor does one that is not there, or gives nothing, keep it for longer than its patience once another gave."""
+    node = stateless(neighbours=("a", "b"))
+    node.handle(up("a", round=57), 0.0)
+    if b_is_there:
+        node.handle(up("b", round=57), 0.0)
+        node.handle(Rejected("b", "bad_value", "NaN", round=57), 0.25)
+    node.handle(got("a", 57), 0.5)
+    assert [(t, e) for t, e in ticks(node, 9.0) if isinstance(e, Compute)] == [
+        (5.5, compute(57, folded("a", round=57, weight=1.0), reach=3.0 if b_is_there else 2.0))
+    ]
+
+
+def test_a_state_that_was_given_counts_for_nothing_once_its_donor_is_shut_out() -> None:
+    node = stateless()
+    node.handle(up("a", round=57), 0.0)
+    node.handle(got("a", 57), 0.5)
+    shut_out = node.handle(Rejected("a", "equivocation", "two different updates"), 1.0)
+    assert Disconnect in map(type, shut_out)
+    assert [t for t, effect in ticks(node, 100.0) if effect == said("no_state")] == [60.0]
+
+
+def test_one_liar_among_the_donors_leads_it_nowhere() -> None:
+    node = stateless(neighbours=("a", "b", "c"))
+    node.handle(up("a", round=99), 0.0)
+    node.handle(got("a", 99), 0.0)  # it is the first, and far ahead
+    node.handle(up("b", round=50), 0.25)
+    assert node.round == 0  # though it would be alone with its state but for those who are still on their way
+    node.handle(got("b", 50), 0.5)
+    assert node.round == 50
+
+
+def test_while_states_come_the_newest_of_each_neighbour_counts() -> None:
+    node = stateless()
+    node.handle(up("a", round=5), 0.0)
+    for round in (5, 6, 7):
+        assert "rejected" not in words(node.handle(got("a", round), 0.5))
+    node.handle(up("b", round=7), 1.0)
+    assert node.handle(got("b", 7), 1.0)[-1] == compute(7, folded("a", "b", round=7, weight=1 / 2))
 
 
 # -- Goodbyes --------------------------------------------------------------------------------------------------------
@@ -727,7 +939,8 @@ def test_a_neighbour_that_started_again_begins_anew() -> None:
             assert node.handle(got("b", 1), 1.5) == [compute(2, folded("a", "b", round=1))]
         else:
             assert node.handle(LinkDown("b"), 1.5) == [said("suspected", peer="b", why="")]
-            assert node.handle(Tick(), 2.5)[-1] == compute(2, folded("a", round=1))
+            late = folded("b", round=0, weight=1 / 6)
+            assert node.handle(Tick(), 2.5)[-1] == compute(2, folded("a", round=1) + late)
 
 
 # -- Misconduct ------------------------------------------------------------------------------------------------------
@@ -842,7 +1055,7 @@ def test_slow_heartbeats_are_no_pause() -> None:
     node.handle(got("a", 1), 0.0)
     node.handle(Tick(), 4.0)
     node.handle(Tick(), 5.0)
-    assert words(node.handle(Tick(), 9.0)) == ["died", "died"]
+    assert words(node.handle(Tick(), 9.0)) == ["died", "died", "alone"]
 
 
 # -- A whole network, in virtual time --------------------------------------------------------------------------------
@@ -1388,6 +1601,50 @@ def test_in_a_graph_drawn_by_hand_the_neighbours_of_the_dead_are_joined() -> Non
     ends = [network.peers[name].value for name in "abcd"]
     assert max(ends) - min(ends) < 1e-6
     assert {c.peer for c in last_fold(network, "a").contributions} == {"b", "d"}
+
+
+def drawn_by(members: tuple[str, ...]) -> Wiring:
+    """A complete graph over those who live, with the weights of that graph."""
+    others = tuple(name for name in members if name != "me")
+    return Wiring(others, lambda _round: Neighbourhood(dict.fromkeys(others, 1 / len(members)), others))
+
+
+def test_the_dead_are_sought_by_those_who_follow_them() -> None:
+    members = ("a", "b", "c", "d", "me")
+    node = fresh(neighbours=("a", "b", "c", "d"), members=members, wiring=drawn_by, grace=1.0, suspicion=2.0)
+    for name in "abcd":
+        node.handle(up(name), 0.0)
+    news = tuple(MemberRecord(name, 1, 0, address=f"tcp://{name}:1") for name in "abc")
+    node.handle(Received("d", Gossip(news, ())), 0.0)
+    for name in "abc":
+        node.handle(LinkDown(name), 0.0)
+    node.handle(Tick(), 1.0)  # they are missed, and suspected
+    effects = node.handle(computed(0), 3.0) + node.handle(got("d", 0), 3.0)
+    assert "rewired" in words(effects)
+    # After a, b and c come d and me, after d me and d again: all of them are sought by both who are left.
+    assert [e for e in effects if isinstance(e, Connect)] == [Connect(name, f"tcp://{name}:1") for name in "abc"]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_weights_of_the_whole_graph_need_two_ends_that_mean_the_same_graph(alike: bool) -> None:
+    """Or an edge would weigh 1/3 at one end and 1/2 at the other, and the mean would move."""
+    node = fresh(members=("a", "b", "me"), wiring=drawn_by, weights="max-degree")
+    for name in "ab":
+        node.handle(up(name), 0.0)
+    node.handle(computed(0), 0.0)
+    node.handle(got("a", 0, reach=graph_reach(0)), 0.0)
+    effects = node.handle(got("b", 0, reach=graph_reach(0 if alike else view_of(("b", "me"), ("a", "b", "me")))), 0.0)
+    (job,) = [e for e in effects if isinstance(e, Compute)]
+    assert [c.peer for c in job.contributions] == (["a", "b"] if alike else ["a"])
+
+
+def test_where_push_sum_has_lost_nearly_all_mass_training_stays_stable() -> None:
+    ways = {"neighbours": ("a",), "neighbourhood": one_way("a", tells=("a",)), "weights": "push-sum"}
+    node = fresh(**ways, held_mass=1e-6)
+    (job,) = [e for e in node.handle(up("a"), 0.0) if isinstance(e, Compute)]
+    assert job.step == 10.0
+    (job,) = [e for e in fresh(**ways, held_mass=0.5).handle(up("a"), 0.0) if isinstance(e, Compute)]
+    assert job.step == 2.0
 
 
 # -- Two ways, or not at all -----------------------------------------------------------------------------------------

@@ -14,10 +14,12 @@ from p2pfl.weights import (
     FROM_WHOLE_GRAPH,
     PUSH_SUM,
     Stake,
+    graph_reach,
     mass,
     mass_after,
     neighbour_weight,
     reach,
+    staleness_weight,
     weights_of,
 )
 
@@ -159,6 +161,14 @@ def push_sum(
             new_masses[name] = mass_after(said[name], heard)
         vectors, masses = new_vectors, new_masses
     return vectors, masses
+
+
+def test_what_is_late_counts_less() -> None:
+    assert [staleness_weight(late) for late in (0, 1, 3, 19)] == [1.0, 1 / 2, 1 / 4, 1 / 20]
+
+
+def test_what_stands_for_a_graph_is_a_lawful_reach_and_differs_with_it() -> None:
+    assert (graph_reach(0), graph_reach(2**32 - 1)) == (1.0, 2.0**32)
 
 
 RING_WITH_A_CHORD = {"a": "bc", "b": "c", "c": "d", "d": "e", "e": "a"}
