@@ -5,9 +5,9 @@ A module imports only modules before it in this list (`tests/test_layers.py` che
     values    messages · config · rng
     logic     weights · conduct · membership · node · topology · mixing
     logic     wire · identity · envelope · records · analysis
-    edges     data · models · learner · checkpoint · link
-    drivers   runtime · swarm
-    surface   plots · report · export · progress · cli
+    edges     data · models · learner · checkpoint · link · control
+    drivers   runtime · swarm · sim
+    surface   plots · report · export · progress · status · cli
 
 The journey of an update: `learner` trains, `runtime` performs, `node` decides who gets it, `envelope` seals and signs,
 `wire` frames, `link` sends; there `link` receives, `wire` parses, `envelope` verifies and opens, `node` decides when

@@ -19,15 +19,22 @@ from p2pfl.messages import printable
 from p2pfl.records import Json, Line, is_number, number
 
 REDRAW = 0.1  # seconds between two drawings of the table
-QUIET = {
-    "started",
-    "joined",
-    "left",
-    "finished",
-    "checkpoint",
-    "late",
+QUIET = {"started", "joined", "left", "finished", "checkpoint", "late"}  # events that need no line of their own
+NOTED = {"waiting", "suspected", "absent", "alone"}  # that stand behind the node's name in the table
+# Those that are said above the table as well: who comes and goes, and what no file has.
+LOUD = {
+    "died",
+    "lost",
     "returned",
-}  # events that need no line of their own
+    "back",
+    "rewired",
+    "caught_up",
+    "quarantined",
+    "checkpoint_failed",
+    "records_failed",
+    "records_incomplete",
+    "displaced",
+}
 
 
 class Progress:
@@ -38,8 +45,11 @@ class Progress:
         self._rounds = rounds
         self._newest: dict[str, Line] = {}
         self._notes: dict[str, str] = dict.fromkeys(names, "starts")
-        self._by_round: dict[int, list[Line]] = {}
-        self._gone: set[str] = set()
+        self._by_round: dict[int, list[Line]] = {}  # those of which not everybody's line has come
+        self._said_round = -1  # the last that was said
+        self._gone: dict[str, str] = {}  # who no longer takes part: died or left
+        self._told: dict[str, set[str]] = {}  # of whom some node has told that it died or is lost
+        self._graph: tuple[Json, Json] = (None, None)  # who went and who came at the last change of the graph
         self._drawn = 0.0
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal and len(names) > 1 else None
 
@@ -60,37 +70,61 @@ class Progress:
         name = str(line["node"])
         if "mixed" in line:
             self._newest[name] = line
+            self._gone.pop(name, None)
             missing = line.get("missing")
             self._notes[name] = f"without {_names(missing)}" if missing else ""
-            self._round_line(line)
+            if self._live is None:
+                self._by_round.setdefault(int(number(line, "round") or 0), []).append(line)
         else:
             self._event(name, line)
+        self._say_rounds()
         if self._live is not None and time.monotonic() - self._drawn >= REDRAW:
             self._drawn = time.monotonic()
             self._live.update(self._table(), refresh=True)
 
     def _event(self, name: str, line: Line) -> None:
-        event = str(line["event"])
-        words = describe(line)
+        event, peer = str(line["event"]), str(line.get("peer", ""))
         if event == "waiting":
-            self._notes[name] = words
+            self._notes[name] = _waits_until(line)
+        elif event in NOTED:
+            self._notes[name] = describe(line)
         elif event == "finished":
             self._notes[name] = "finished"
-        if event == "died":
-            self._gone.add(str(line.get("peer")))
-        if event not in QUIET and self._live is None:
-            self._say(f"{name}: {words}")
+        elif event == "died" or (event == "left" and not peer):
+            self._gone[peer or name] = event
+        elif event in ("returned", "back"):
+            self._gone.pop(peer, None)
+        if self._is_news(event, peer, line) and event not in QUIET and (event in LOUD or self._live is None):
+            self._say(f"{name}: {describe(line)}")
 
-    def _round_line(self, line: Line) -> None:
-        """One line a round, once every node that still takes part has ended it."""
-        if self._live is not None:
+    def _is_news(self, event: str, peer: str, line: Line) -> bool:
+        """False for what another node has told before: of one death, of one return, of one new graph."""
+        match event:
+            case "died" | "lost":
+                told = self._told.setdefault(peer, set())
+                known = event in told
+                told.add(event)
+                return not known
+            case "returned" | "back":  # a link that broke and came back at once is no news
+                return bool(self._told.pop(peer, None))
+            case "rewired":
+                before, self._graph = self._graph, (line.get("gone"), line.get("back"))
+                return self._graph != before
+        return True
+
+    def _say_rounds(self) -> None:
+        """Without a table: one line a round, once every node that still takes part has ended it, or a later one."""
+        if not self._by_round:
             return
-        round = int(number(line, "round") or 0)
-        ended = self._by_round.setdefault(round, [])
-        ended.append(line)
-        if len(ended) < len(self._notes.keys() - self._gone):
-            return
-        del self._by_round[round]
+        behind = [self._newest.get(name) for name in self._notes if name not in self._gone]
+        ended_by_all = min((-1 if line is None else int(number(line, "round") or 0) for line in behind), default=-1)
+        for round in sorted(round for round in self._by_round if round <= ended_by_all):
+            ended = self._by_round.pop(round)
+            if round > self._said_round:  # else somebody who started again repeats it
+                self._said_round = round
+                self._round_line(round, ended)
+
+    def _round_line(self, round: int, ended: list[Line]) -> None:
         merged, missing = _count(ended, "merged"), _count(ended, "missing")
         sent = sum(number(entry, "bytes", "sent") or 0.0 for entry in ended)
         seconds = max(number(entry, "seconds", "total") or 0.0 for entry in ended)
@@ -114,8 +148,7 @@ class Progress:
         table.add_column("")
         for name, note in self._notes.items():
             line = self._newest.get(name)
-            if name in self._gone:
-                note = "[red]died[/red]"
+            note = f"[red]{self._gone[name]}[/red]" if name in self._gone else escape(note)
             if line is None:
                 table.add_row(name, "–", *["–"] * (len(keys) + 1), note)
                 continue
@@ -131,7 +164,8 @@ def describe(line: Mapping[str, Json]) -> str:
     peer, why = printable(str(line.get("peer", ""))), printable(str(line.get("why", "")))
     match line["event"]:
         case "waiting":
-            return f"waits for {_names(line.get('peers'))} since {line.get('since')} s, for {line.get('left')} s more"
+            since, left = line.get("since"), line.get("left")
+            return f"waits for {_names(line.get('peers'))} since {since} s, at most {left} s more"
         case "absent":
             return f"starts without {_names(line.get('peers'))}"
         case "alone":
@@ -140,6 +174,14 @@ def describe(line: Mapping[str, Json]) -> str:
             return f"lost its link to {peer} ({why})"
         case "died":
             return f"goes on without {peer}: {why}"
+        case "lost":
+            return f"takes {peer} for gone: {why}"
+        case "back":
+            return f"{peer} is back"
+        case "rewired":
+            gone = f", without {_names(line['gone'])}" if line.get("gone") else ""
+            back = f", with {_names(line['back'])} again" if line.get("back") else ""
+            return f"goes on with a new graph of {line.get('members')} members{gone}{back} (round {line.get('round')})"
         case "rejected":
             more = f" ({line['suppressed']} more like it)" if "suppressed" in line else ""
             return f"event=rejected code={line.get('code')} peer={peer} why={why}{more}"
@@ -147,6 +189,17 @@ def describe(line: Mapping[str, Json]) -> str:
             return f"keeps {peer} out for {line.get('seconds')} s ({line.get('code')})"
         case "caught_up":
             return f"was behind and caught up with round {line.get('round')}"
+        case "checkpoint_damaged":
+            then = "its neighbours' state, or not at all" if line.get("lost") else "the one before"
+            return f"has moved damaged checkpoints aside ({_names(line.get('files'))}) and goes on from {then}"
+        case "no_state":
+            return "ends, for no neighbour gave it a state"
+        case "records_failed":
+            return f"cannot write down what happens ({why}); it trains on, and {line['node']}'s records will have gaps"
+        case "records_incomplete":
+            return f"{line.get('lines')} lines of its records are missing: the disk did not take them"
+        case "displaced":
+            return f"gives way to start {line.get('epoch')} of the same identity"
         case "joined" | "returned":
             return f"{peer} {line['event']}"
         case "left":
@@ -154,6 +207,16 @@ def describe(line: Mapping[str, Json]) -> str:
         case event:
             rest = {k: v for k, v in line.items() if k not in ("t", "node", "event")}
             return " ".join([str(event), *(f"{key}={printable(str(value))}" for key, value in rest.items())])
+
+
+def _waits_until(line: Mapping[str, Json]) -> str:
+    """What a node waits for, with times that stay true while the line stands in the table."""
+    told = number(line, "t") or 0.0
+    since, until = (
+        time.strftime("%H:%M:%S", time.localtime(at))
+        for at in (told - (number(line, "since") or 0.0), told + (number(line, "left") or 0.0))
+    )
+    return f"waits for {_names(line.get('peers'))} since {since}, until {until} at most"
 
 
 def _keys(lines: Sequence[Mapping[str, Json]]) -> list[str]:

@@ -9,11 +9,13 @@ fail on a line that a killed process left half written.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from io import FileIO
@@ -33,7 +35,10 @@ RUNS_SHOWN = 3  # in an error message that says which runs there are
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file in one step: after a crash it holds the old text or the new one, never half of either."""
+    """Replace the file in one step: after a crash it holds the old text or the new one, never half of either.
+
+    BadInput if the disk does not take it.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with draft.open("w", encoding="utf-8", newline="\n") as file:
@@ -41,8 +46,11 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}; make room there, or choose another place") from None
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that is read-only there is none, and not even the question is allowed
+            draft.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Json) -> None:
@@ -182,6 +190,15 @@ def _runs_near(path: Path) -> list[Path]:
     return sorted(found, key=lambda entry: found[entry], reverse=True)[:RUNS_SHOWN]
 
 
+def newest_run(base: Path) -> Run:
+    """Of the runs in BASE/runs the one that began or ended last, and rather one whose nodes run. BadInput if none."""
+    folder = base / RUNS_FOLDER
+    runs = [entry for entry in folder.iterdir() if is_run(entry)] if folder.is_dir() else []
+    if not runs:
+        raise BadInput(f"there is no run in {folder}: give the folder of a run, or the address of a node")
+    return Run(max(runs, key=lambda path: (any(path.glob("nodes/*/control")), path.stat().st_mtime)))
+
+
 def default_run_dir(base: Path, name: str, now: datetime) -> Path:
     """BASE/runs/NAME-YYYYmmdd-HHMMSS, with -2, -3 … behind it where that is taken."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
@@ -201,7 +218,8 @@ class NodeRecords:
 
     A file is opened at its first line and stays open until `close`. A line is one unbuffered write, so a killed
     process leaves whole lines. There is no fsync: only a power cut could take the last lines, and waiting for the disk
-    at every event would hold up the heartbeats of the loop that writes them. A full disk raises OSError.
+    at every event would hold up the heartbeats of the loop that writes them. What the disk does not take whole raises
+    OSError and is left out; the lines before and after it are none the worse.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -210,15 +228,16 @@ class NodeRecords:
         self.events = folder / "events.jsonl"
         self.checkpoint = folder / "checkpoint"
         self.model = folder / "model.safetensors"
+        self.control = folder / "control"  # names the socket of the running node
         self.damaged = 0  # lines that the reads so far have skipped
         self._open: dict[Path, FileIO] = {}
 
     def append_metrics(self, line: Mapping[str, Json]) -> None:
-        """Write one line of metrics, as `round_line` makes it."""
+        """Write one line of metrics, as `round_line` makes it. OSError if the disk does not take it."""
         self._append(self.metrics, line)
 
     def append_event(self, line: Mapping[str, Json]) -> None:
-        """Write one event, as `event_line` makes it."""
+        """Write one event, as `event_line` makes it. OSError if the disk does not take it."""
         self._append(self.events, line)
 
     def close(self) -> None:
@@ -242,7 +261,12 @@ class NodeRecords:
             self._open[path] = FileIO(path, "a")
             if _ends_inside_a_line(path):
                 text = b"\n" + text  # or the line that a killed process left cut would spoil this one too
-        self._open[path].write(text)
+        file = self._open[path]
+        end = os.fstat(file.fileno()).st_size
+        written = file.write(text)
+        if written != len(text):  # the disk is full, or about to be
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     def _read(self, path: Path) -> list[Line]:
         try:

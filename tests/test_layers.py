@@ -31,18 +31,22 @@ LIBRARIES = {
     "data": {"torch", "sklearn", "numpy"},
     "models": {"torch"},
     "learner": {"torch"},
-    "checkpoint": {"safetensors", "torch", "blake3"},
+    "checkpoint": {"torch", "blake3"},
     "link": {"zmq"},
+    "control": {"pydantic"},
     "runtime": {"torch", "safetensors"},
     "swarm": {"torch", "safetensors", "numpy"},
+    "sim": {"networkx", "numpy", "torch"},  # a folder, too
     "plots": {"matplotlib", "networkx", "numpy"},
     "report": {"matplotlib", "numpy"},
     "export": {"torch", "safetensors"},
     "progress": {"rich"},
+    "status": {"rich"},
     "cli": {"typer", "rich", "networkx", "matplotlib"},
 }
 FOLDERS = {
     "topology": ("graphs", "schedules", "files", "fastest", "matrix", "__init__", "implied", "plan"),
+    "sim": ("__init__", "faults", "world", "scenario", "links", "invariants", "engine", "bench", "experiment"),
 }
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 
