@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from p2pfl.identity import Identity, Roster
     from p2pfl.node import Node
     from p2pfl.runtime import Dial
+    from p2pfl.swarm import Outcome
     from p2pfl.topology import Topology
     from p2pfl.topology.implied import Implied
 
@@ -352,6 +353,78 @@ def up(
 
     Example: p2pfl up hospitals.toml --set train.lr=0.05
     """
+    path, loaded = _load_whole(experiment, nodes, settings)
+    from p2pfl import swarm
+    from p2pfl.progress import Progress
+
+    swarm.check_faults(loaded)
+    run = create_run(run_dir or default_run_dir(Path(), path.stem, datetime.now()))
+    console = Console(stderr=as_json)
+    with Progress(console, loaded.topology.names, loaded.train.rounds) as progress:
+        outcome = swarm.up(loaded, run, progress.observe)
+    return _show_outcome(console, outcome, run, "s", as_json)
+
+
+# -- simulate --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def simulate(
+    experiment: Annotated[str, typer.Argument(help="An experiment file, or the name of a built-in one.")],
+    engine: Annotated[str, typer.Option(help="event: every node by itself, in virtual time.")] = "event",
+    nodes: Annotated[int | None, typer.Option(help="This many nodes instead.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where records and models go.")] = None,
+    settings: Settings = None,
+    as_json: JsonFlag = False,
+) -> int:
+    """Run the same experiment in virtual time, in one process: real nodes and real training, no sockets, any fault.
+
+    Example: p2pfl simulate ring-8 --set 'faults=[{kind="cut", node=0, round=5, seconds=20}]'
+    """
+    if engine != "event":
+        raise BadInput(f"--engine {engine}: this version has one engine, event")
+    path, loaded = _load_whole(experiment, nodes, settings)
+    from p2pfl.progress import Progress
+    from p2pfl.sim import experiment as simulation
+
+    run = create_run(run_dir or default_run_dir(Path(), path.stem, datetime.now()))
+    console = Console(stderr=as_json)
+    began = time.monotonic()
+    with Progress(console, loaded.topology.names, loaded.train.rounds) as progress:
+        outcome = simulation.simulate(loaded, run, progress.observe)
+    unit = f"s of virtual time (simulated in {time.monotonic() - began:.1f} s)"
+    return _show_outcome(console, outcome, run, unit, as_json)
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="simulate: the event engine.")],
+    nodes: Annotated[int, typer.Option(min=5, help="How many nodes.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 20,
+    as_json: JsonFlag = False,
+) -> None:
+    """What this machine reaches, beside the limit that is measured in the same run.
+
+    Example: p2pfl bench simulate --nodes 5000
+    """
+    from p2pfl.sim.bench import bench as measure
+
+    if what != "simulate":
+        raise BadInput(f"there is no benchmark {what!r}{did_you_mean(what, ('simulate',))}")
+    found = measure(nodes, rounds)
+    if as_json:
+        _print_json(found)
+        return
+    share = 100 * (number(found, "share_of_limit") or 0.0)
+    sys.stdout.write(
+        f"{nodes} nodes, {rounds} rounds: {found['events']} events in {number(found, 'seconds'):.1f} s, "
+        f"{number(found, 'events_per_second'):,.0f} a second\n"
+        f"the queue and the trace alone reach {number(found, 'limit_events_per_second'):,.0f} a second: {share:.0f} %\n"
+    )
+
+
+def _load_whole(experiment: str, nodes: int | None, settings: Sequence[str] | None) -> tuple[Path, Experiment]:
+    """The file of an experiment, and what it says of a whole topology."""
     from p2pfl.topology.files import names_in
 
     path = find_experiment(experiment)
@@ -359,24 +432,22 @@ def up(
     loaded = load(path, settings or (), flags, names_in)
     if not loaded.topology.is_drawn:
         raise BadInput(f'{path}: topology.graph is missing: which graph connects the nodes? For example graph = "ring"')
-    from p2pfl import swarm
-    from p2pfl.progress import Progress
+    return path, loaded
 
-    run = create_run(run_dir or default_run_dir(Path(), path.stem, datetime.now()))
-    console = Console(stderr=as_json)
-    with Progress(console, loaded.topology.names, loaded.train.rounds) as progress:
-        outcome = swarm.up(loaded, run, progress.observe)
+
+def _show_outcome(console: Console, outcome: Outcome, run: Run, unit: str, as_json: bool) -> int:
+    """Say how a whole topology ended, `unit` being that of its seconds; the exit code."""
     for name, error in outcome.errors.items():
         sys.stderr.write(f"p2pfl: {name}: {printable(error)}\n")
     if as_json:
         _print_json(outcome.summary)
     else:
-        _print_summary(console, outcome.summary)
+        _print_summary(console, outcome.summary, unit)
         _say_where(console, run)
     return 1 if outcome.failed_by_itself else 0
 
 
-def _print_summary(console: Console, summary: Mapping[str, Json]) -> None:
+def _print_summary(console: Console, summary: Mapping[str, Json], unit: str) -> None:
     failed = summary["failed"]
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("finished", f"{summary['finished']} of {summary['nodes']} nodes, {summary['rounds']} rounds")
@@ -389,7 +460,7 @@ def _print_summary(console: Console, summary: Mapping[str, Json]) -> None:
             table.add_row(key, f"{mean:.4f} (nodes from {low:.4f} to {high:.4f})")
     table.add_row("apart", f"{number(summary, 'consensus_distance') or 0.0:.3g} from their mean")
     sent = number(summary, "bytes", "sent") or 0.0
-    table.add_row("cost", f"{number(summary, 'seconds') or 0.0:.1f} s, {sent / 1e6:.1f} MB sent")
+    table.add_row("cost", f"{number(summary, 'seconds') or 0.0:.1f} {unit}, {sent / 1e6:.1f} MB sent")
     rejected = summary["rejected"]
     if isinstance(rejected, Mapping) and rejected:
         table.add_row("rejected", ", ".join(f"{code} {count}" for code, count in rejected.items()))
@@ -643,6 +714,34 @@ def _save(figure: Figure, path: Path, png: Callable[[Figure, Path], None]) -> No
         png(figure, path)
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot write {path}: {error}") from None
+
+
+# -- status ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def status(
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN|NODE-ADDRESS]", help="A run folder, or where a node on this machine listens."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Who is alive, at which round, who waits for whom, since when and until when.
+
+    Without an argument: the newest run in ./runs, or rather one that still runs. Only on the machine of the nodes, and
+    only for the user who started them.
+
+    Examples: p2pfl status runs/hospitals-20260101-120000;  p2pfl status 127.0.0.1:7000;  p2pfl status RUN/nodes/NAME
+    """
+    from p2pfl.status import as_json as as_object
+    from p2pfl.status import find, show
+
+    found = find(target)
+    if as_json:
+        _print_json(as_object(found))
+    else:
+        show(Console(), found)
 
 
 # -- report and export -----------------------------------------------------------------------------------------------

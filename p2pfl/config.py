@@ -23,6 +23,7 @@ else:
     import tomli as tomllib
 
 Toml = str | int | float | bool | list["Toml"] | dict[str, "Toml"]
+NodeReference = int | str  # a node's number or its name
 
 Weights = Literal[
     # a neighbour's own numbers are enough
@@ -58,6 +59,30 @@ ALTERNATIVES = (  # of which a file gives one, and a setting another instead of 
     ("topology.graph", "topology.file", "topology.edges"),
 )
 OWN_WEIGHTS = {"base-k": "given", "epidemic": "uniform-neighbours"}  # of graphs for which metropolis is not meant
+
+
+AWAY_SECONDS = 2.0  # of a node that restarts or stands still: longer than the grace, shorter than a suspicion
+FAULTS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # kind → keys that it needs, keys that it may have
+    "kill": ((), ()),
+    "restart": ((), ("seconds",)),
+    "pause": ((), ("seconds",)),
+    "slow": (("seconds", "factor"), ()),
+    "disk-full": (("seconds",), ()),
+    "clock-jump": (("by",), ()),
+    "lie": (("seconds", "about"), ()),
+    "cut": (("seconds",), ("groups", "one_way")),
+    "delay": (("seconds", "delay"), ("to", "jitter")),
+    "loss": ((), ("to",)),
+    "corrupt": ((), ("to",)),
+}
+FAULT_KEYS = {  # those that some kind needs
+    "seconds": "for how long",
+    "factor": "how many times as long it computes",
+    "by": "how many seconds",
+    "about": "which is mass, reach, round, heartbeat, goodbye or deaths",
+    "delay": "how many seconds",
+}
+PROCESS_FAULTS = ("kill", "restart", "pause")  # what can be done to real processes
 
 
 class Section(BaseModel):
@@ -202,12 +227,65 @@ class NetworkSection(Section):
 
 
 class Fault(Section):
-    """Something that `up` does to its own nodes, so that survival can be watched."""
+    """Something that goes wrong, so that survival can be watched: when `node` begins `round`.
 
-    kind: Literal["kill", "restart", "pause"]  # SIGKILL; the same, and start again from the checkpoint; SIGSTOP
-    node: int | str  # its number or its name
-    round: int = Field(ge=0)  # at the start of which it happens
-    seconds: float = Field(2.0, ge=0)  # restart, pause: how long it is away
+    It befalls that node, what it sends to `to`, or whoever `groups` names; which keys a kind takes stands in FAULTS.
+    """
+
+    kind: Literal[
+        # to a process: `up` can do these as well
+        "kill",  # SIGKILL
+        "restart",  # the same, and a start from the checkpoint `seconds` later
+        "pause",  # SIGSTOP, and SIGCONT `seconds` later
+        # to a machine, or by whoever runs it
+        "slow",  # it computes `factor` times as long for `seconds`
+        "disk-full",  # nothing can be written for `seconds`
+        "clock-jump",  # its wall clock jumps by `by`
+        "lie",  # it says what is not so `about` something for `seconds`
+        # to the network
+        "cut",  # nothing gets from group to group for `seconds`
+        "delay",  # what it sends takes `delay` longer, and up to `jitter` on top, for `seconds`
+        "loss",  # its next update does not arrive
+        "corrupt",  # its next update is refused on arrival
+    ]
+    node: NodeReference
+    round: int = Field(ge=0)
+    seconds: float | None = Field(None, ge=0)  # restart and pause: AWAY_SECONDS if nothing is said
+    to: NodeReference | None = None  # delay, loss, corrupt: the receiver; everybody if nothing is said
+    groups: tuple[tuple[NodeReference, ...], ...] | None = None  # cut: the node from all others if nothing is said …
+    one_way: bool | None = None  # … and both ways; if true, only from an earlier group to a later one
+    delay: float | None = Field(None, ge=0)  # seconds
+    jitter: float | None = Field(None, ge=0)  # seconds
+    factor: float | None = Field(None, gt=0)
+    by: float | None = None  # seconds
+    about: Literal["mass", "reach", "round", "heartbeat", "goodbye", "deaths"] | None = None
+
+    @property
+    def lasting(self) -> float:
+        """Seconds until it is over."""
+        return AWAY_SECONDS if self.seconds is None else self.seconds
+
+    @property
+    def nodes(self) -> tuple[NodeReference, ...]:
+        """All that it names."""
+        others = () if self.to is None else (self.to,)
+        return (self.node, *others, *(node for group in self.groups or () for node in group))
+
+    @model_validator(mode="after")
+    def _keys_of_its_kind(self) -> Fault:
+        needed, optional = FAULTS[self.kind]
+        given = sorted(self.model_dump(exclude_none=True, exclude={"kind", "node", "round"}))
+        for key in needed:
+            if key not in given:
+                raise ValueError(f"a fault of kind {self.kind!r} needs {key}, {FAULT_KEYS[key]}")
+        for key in given:
+            if key not in (*needed, *optional):
+                known = ", ".join(("kind", "node", "round", *needed, *optional))
+                raise ValueError(f"a fault of kind {self.kind!r} has no key {key}; it takes {known}")
+        named = [node for group in self.groups or () for node in group]
+        if self.groups is not None and (not all(self.groups) or len(self.groups) < 2 or len(set(named)) < len(named)):
+            raise ValueError("groups: name two or more, like [[0, 1], [2, 3]], and each node once")
+        return self
 
 
 class Experiment(Section):
@@ -234,14 +312,13 @@ class Experiment(Section):
             del tree["topology"]["nodes"]  # neighbours are each node's own affair
         return {key: repr(value) for key, value in flatten(tree).items()}
 
+    def name_of(self, node: NodeReference) -> str:
+        """The name of the node that a fault refers to."""
+        return self.topology.names[node] if isinstance(node, int) else node
+
     def faults_for(self, name: str) -> tuple[Fault, ...]:
         """The faults that are meant for this node, in the order of their rounds."""
-        names = self.topology.names
-        meant = [
-            fault
-            for fault in self.faults
-            if name in (fault.node, names[fault.node] if isinstance(fault.node, int) else None)
-        ]
+        meant = [fault for fault in self.faults if self.name_of(fault.node) == name]
         return tuple(sorted(meant, key=lambda fault: fault.round))
 
     def is_doomed(self, name: str) -> bool:
@@ -251,10 +328,9 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _across_sections(self) -> Experiment:
         names = self.topology.names
-        for fault in self.faults:
-            known = fault.node < len(names) if isinstance(fault.node, int) else fault.node in names
-            if not known or (isinstance(fault.node, int) and fault.node < 0):
-                raise ValueError(f"faults: there is no node {fault.node!r}; the nodes are {', '.join(names[:8])}")
+        for node in (node for fault in self.faults for node in fault.nodes):
+            if not (0 <= node < len(names) if isinstance(node, int) else node in names):
+                raise ValueError(f"faults: there is no node {node!r}; the nodes are {', '.join(names[:8])}")
         topology = self.topology
         apart = topology.graph in VARYING_GRAPHS or topology.weighting in PUSH_SUM or self.mix.two_way
         if self.network.staleness != 0 and apart:

@@ -102,11 +102,23 @@ def load_part(experiment: Experiment, index: int) -> Part:
 
     The test rows are held out first and are the same for every node. BadInput if the data cannot be read or shared.
     """
+    table, shares, test = _shared_out(experiment)
+    return take(table, shares[index], test)
+
+
+def load_parts(experiment: Experiment) -> list[Part]:
+    """The parts of all nodes, as `load_part` gives them; but the data are read once."""
+    table, shares, test = _shared_out(experiment)
+    return [take(table, own, test) for own in shares]
+
+
+def _shared_out(experiment: Experiment) -> tuple[Table, list[Indices], Indices]:
+    """All rows, the numbers of those that each node trains on, and of those for testing."""
     section, seed = experiment.data, experiment.seed
     table = read_table(section)
     train, test = hold_out(table.targets, section.test_fraction, seed)
-    own = split_rows(table.targets[train], len(experiment.topology.names), section, seed)[index]
-    return take(table, train[own], test)
+    shares = split_rows(table.targets[train], len(experiment.topology.names), section, seed)
+    return table, [train[own] for own in shares], test
 
 
 def load_own(experiment: Experiment) -> Part:

@@ -9,7 +9,8 @@ An update travels as an offer (its signed manifest and key) and chunks, both on 
 credit for the first WINDOW chunks; more is granted as chunks are opened, and credit beyond the last chunk says that all
 came and the next update may be offered. So an honest peer never has more than WINDOW chunks under way. Nothing is
 allocated for an offer before its signature, sizes, epoch and round are found right, and nothing of it leaves this file
-before all of it is.
+before all of it is. When a link breaks on the way, what has come is kept for a while: if the same update is offered
+again, its first WINDOW chunks come once more, for nothing, and then the transfer goes on where it stopped.
 
 The driver calls `poll`, performs what follows, and calls `send`. This file decides nothing about rounds.
 """
@@ -56,6 +57,7 @@ from p2pfl.messages import (
     Received,
     Refused,
     Rejected,
+    Resume,
     Update,
     WireMessage,
     difference,
@@ -65,6 +67,7 @@ from p2pfl.wire import MAX_FRAME, decode, encode, pack
 
 EARLY = 8  # of what a peer says while only one of its two connections is there: the last few, for when both are
 WINDOW = 4  # chunks (4 MiB) that may be under way to one peer: enough for 1 Gbit/s at a round trip of 30 ms
+PARTIAL = 60.0  # seconds that a part of an update is kept for a link to come back; it holds the room of one update
 HELLO_CONTEXT = b"hello"
 ZAP_DOMAIN = b"p2pfl"
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by RFC 27
@@ -95,6 +98,7 @@ TCP_BYTES_RECEIVED = 128  # offset of tcpi_bytes_received in Linux' struct tcp_i
 
 
 _Socket: TypeAlias = "zmq.Socket[bytes]"
+INTERRUPTED = "interrupted"  # code of an update that broke off: it may be offered again
 LAST_WORDS = ("bad_hello", "no_hello", "quarantined")  # mistakes after which a connection is closed
 
 
@@ -163,6 +167,11 @@ class _Outgoing:
     granted: int  # chunks; more than there are: all have come
     next: int = 0
 
+    def skip_to(self, start: int) -> None:
+        """The chunks below `start` came over an earlier link."""
+        self.next = max(self.next, start)
+        self.granted = max(self.granted, min(self.next + WINDOW, self.sealed.chunks))
+
 
 @dataclass(slots=True)
 class _Peer:
@@ -180,7 +189,11 @@ class _Peer:
     interrupted_at: float = -math.inf  # when its link broke, while it may still have wanted something from us
     incoming: Opening | None = None
     granted: int = 0  # to it, of the update that comes in
-    owed: Grant | Refused | None = None  # what it waits for, until it could be handed over
+    repeats: int = 0  # how many of the update's first chunks, which are here, are still to come once more
+    partial: Opening | None = None  # what had come in of an update when the link broke
+    partial_until: float = 0.0
+    owed: Grant | Resume | Refused | None = None  # what it waits for, until it could be handed over
+    answered: Grant | Resume | Refused | None = None  # what it was told last of an update of its
     early: deque[Heartbeat | Goodbye | Gossip] = field(default_factory=lambda: deque(maxlen=EARLY))  # see EARLY
     dropped: int = -1  # round of the update that was refused last: chunks of it may still be under way
     seen: int = -1  # newest round whose update came whole
@@ -256,6 +269,7 @@ class Link:
         self.round = 0  # what a hello says that we work on; the driver keeps it up to date
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.successor = 0  # epoch of a later process of this very identity, once that is proven; 0: there is none
         self._greeting = greeting
         self._roster = roster
         self._check_offer = check_offer
@@ -333,6 +347,7 @@ class Link:
         if now >= self._next_guard:
             self._next_guard = now + GUARD_INTERVAL
             self._guard(now)
+            self._drop_partials(now)
         for dial in self._dials:
             if dial.retry_at is not None and now >= dial.retry_at:
                 self._redial(dial, now)
@@ -379,6 +394,7 @@ class Link:
         peer = self._peers.get(name)
         if peer is not None:
             self._forget(peer, "quarantined")
+            peer.partial = None
         self._hang_up(name)
         for dial in self._dials:
             if dial.member.name == name:
@@ -758,6 +774,8 @@ class Link:
         if not member.card.verify(HELLO_CONTEXT, _signed_part(hello), hello.signature):
             raise BadMessage("bad_hello", "the hello is not signed by the identity key of the member")
         if hello.epoch < peer.epoch:
+            if peer.hello is not None:  # signed by the identity of both: the older one can believe what it sees
+                self._transmit(route, *encode(peer.hello))
             raise BadMessage("stale_epoch", f"epoch {hello.epoch} of a member whose epoch {peer.epoch} was seen")
         connection.channel = hello.channel
         if (hello.experiment, hello.schema) != (self._greeting.experiment, self._greeting.schema):
@@ -779,6 +797,19 @@ class Link:
             self._transmit(route, *encode(self._hello(member, hello.channel, answer=True)))
         if path.ready and peer.path is None:
             self._link_up(peer, path)
+
+    def _is_of_successor(self, hello: Hello) -> bool:
+        """Whether it is our own hello, shown to us by whom it was for, of a later start than ours in this experiment.
+
+        Only the holder of our key can have signed it, so no peer can make us believe it; and one key may take part in
+        two experiments.
+        """
+        return (
+            hello.name == self.identity.name
+            and hello.epoch > self.epoch
+            and (hello.experiment, hello.schema) == (self._greeting.experiment, self._greeting.schema)
+            and self.identity.card.verify(HELLO_CONTEXT, _signed_part(hello), hello.signature)
+        )
 
     def _displace(self, peer: _Peer, path: _Path, channel: Channel) -> None:
         """The peer has made a new connection, so the old one is dead, even if we have not been told yet."""
@@ -805,6 +836,8 @@ class Link:
             other = peer.accepted if path is peer.dialled else peer.dialled
             if other.ready:
                 self._link_up(peer, other)
+                if peer.answered is not None:  # on the pair that broke, perhaps in vain; the peer may use the other one
+                    self._owe(peer, peer.answered)
 
     def _forget(self, peer: _Peer, why: str) -> None:
         peer.dialled, peer.accepted = _Path(), _Path()
@@ -814,6 +847,9 @@ class Link:
     def _link_down(self, peer: _Peer, why: str) -> None:
         if peer.incoming is not None:
             peer.dropped = peer.incoming.manifest.round
+            peer.answered = Refused(peer.dropped, INTERRUPTED)
+            if peer.incoming.next > WINDOW:  # else there is nothing to gain
+                peer.partial, peer.partial_until = peer.incoming, time.monotonic() + PARTIAL
         if peer.sending is not None or peer.waiting is not None or not peer.left:
             peer.interrupted_at = time.monotonic()
         peer.path = peer.sending = peer.waiting = peer.incoming = peer.owed = None
@@ -857,7 +893,9 @@ class Link:
             if count != (MAX_FRAMES if accepted else MAX_FRAMES - 1):
                 raise BadMessage("bad_frames", f"{count - accepted} frames where a message has 2")
             message = decode(frames[-2].buffer, frames[-1].buffer)
-            if isinstance(message, Hello):
+            if isinstance(message, Hello) and self._is_of_successor(message):
+                self.successor = message.epoch
+            elif isinstance(message, Hello):
                 self._handle_hello(member, message, connection)
                 if not accepted:
                     self._answered(self._dealers[inbox][0], message.channel, now)
@@ -894,8 +932,13 @@ class Link:
             case Grant(round, chunks):
                 if peer.sending is not None and peer.sending.sealed.round == round:
                     peer.sending.granted = max(peer.sending.granted, min(chunks, peer.sending.next + WINDOW))
-            case Refused(round, _code):
+            case Resume(round, start):
                 if peer.sending is not None and peer.sending.sealed.round == round:
+                    peer.sending.skip_to(start)
+            case Refused(round, code):
+                if peer.sending is not None and peer.sending.sealed.round == round:
+                    if code == INTERRUPTED:
+                        peer.waiting = peer.waiting or peer.sending.sealed
                     peer.sending = None
             case Offer():
                 self._offer(peer, message)
@@ -920,6 +963,8 @@ class Link:
                         "bad_record", f"what it passes on of {record.name} was not signed by {record.name}"
                     )
                 self._genuine_records[record.name] = record
+            if record.name == self.identity.name and record.epoch > self.epoch:
+                self.successor = record.epoch
             known.append(record)
         return Gossip(tuple(known), tuple(hint for hint in gossip.hints if self._roster.by_name(hint.name) is not None))
 
@@ -949,7 +994,11 @@ class Link:
         peer.manifests[manifest.round] = offer
         while len(peer.manifests) > REMEMBERED_MANIFESTS:
             peer.manifests.popitem(last=False)
-        peer.incoming = Opening(manifest, offer.key, self._buffers.take())  # a half-received older one is dropped
+        partial, peer.partial = peer.partial, None
+        if partial is not None and partial.manifest == manifest:
+            peer.incoming, peer.repeats = partial, WINDOW
+        else:
+            peer.incoming, peer.repeats = Opening(manifest, offer.key, self._buffers.take()), 0
         peer.granted = WINDOW
 
     def _chunk(self, peer: _Peer, chunk: Chunk) -> None:
@@ -961,6 +1010,9 @@ class Link:
         try:
             if chunk.index >= peer.granted:
                 raise BadMessage("no_credit", f"chunk {chunk.index} where {peer.granted} were granted")
+            if peer.repeats:
+                self._repeated(peer, chunk, opening)
+                return
             opening.add(chunk.index, chunk.sealed)
             if not opening.complete:
                 self._grant(peer, opening)
@@ -975,11 +1027,25 @@ class Link:
         self._owe(peer, Grant(manifest.round, opening.chunks + 1))
         self._events.append(Received(peer.name, Update(manifest.round, manifest.mass, manifest.reach, lease)))
 
+    def _repeated(self, peer: _Peer, chunk: Chunk, opening: Opening) -> None:
+        """One of the chunks that an offer brings along; once no more are under way, one says where to go on."""
+        if chunk.index != WINDOW - peer.repeats:
+            raise BadMessage("bad_chunk", f"chunk {chunk.index} where {WINDOW - peer.repeats} must come again")
+        peer.repeats -= 1
+        if not peer.repeats:
+            peer.granted = min(opening.next + WINDOW, opening.chunks)
+            self._owe(peer, Resume(chunk.round, opening.next))
+
     def _grant(self, peer: _Peer, opening: Opening) -> None:
         # In steps of half a window: one small message for four big ones.
         if peer.granted < opening.chunks and peer.granted - opening.next <= WINDOW // 2:
             peer.granted = min(opening.next + WINDOW, opening.chunks)
             self._owe(peer, Grant(opening.manifest.round, peer.granted))
+
+    def _drop_partials(self, now: float) -> None:
+        for peer in self._peers.values():
+            if now >= peer.partial_until:
+                peer.partial = None
 
     def _drop_incoming(self, peer: _Peer, round: int, code: str) -> None:
         peer.incoming = None
@@ -994,8 +1060,8 @@ class Link:
         self.bytes_sent += len(header) + len(body)
         return True
 
-    def _owe(self, peer: _Peer, answer: Grant | Refused) -> None:
-        peer.owed = answer  # one suffices: a peer has one update under way, and a newer answer says more
+    def _owe(self, peer: _Peer, answer: Grant | Resume | Refused) -> None:
+        peer.answered = peer.owed = answer  # one suffices: a peer has one update under way; what is newer says more
         self._settle(peer)
 
     def _settle(self, peer: _Peer) -> None:

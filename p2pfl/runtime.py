@@ -1,8 +1,9 @@
 """Real time: one loop over the node's effects, one thread that computes.
 
-The loop waits for the link, for the compute thread and for signals; hands each event to the node; performs what the
-node returns. It decides nothing. The compute thread owns the learner and the sealer: jobs go in, outcomes come out,
-and no object is used on both sides at once.
+The loop waits for the link, for the two threads and for signals; hands each event to the node; performs what the node
+returns. It decides nothing. The compute thread owns the learner and the sealer: jobs go in, outcomes and copies of its
+state come out. Another thread writes those copies to the disk, while the next round is computed. No object is used by
+two threads at once.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from p2pfl import checkpoint
+from p2pfl.checkpoint import Checkpoint
 from p2pfl.config import BY_ROWS, Experiment
+from p2pfl.control import Control, forget
 from p2pfl.data import Part
 from p2pfl.envelope import Lease, Sealed, Sealer
 from p2pfl.identity import Identity, Roster
@@ -74,89 +78,106 @@ class Outcome:
 
     computed: Computed
     norm: float  # L2 norm of the own vector
-    happened: Happened | None  # about a checkpoint
 
 
 class Worker:
     """Folds, evaluates, trains, seals: everything heavy, in the order of a round. Used by one thread at a time."""
 
-    def __init__(self, learner: Learner, sealer: Sealer, name: str, folder: Path, experiment: bytes) -> None:
+    def __init__(self, learner: Learner, sealer: Sealer, name: str) -> None:
         self._learner = learner
         self._sealer = sealer
         self._name = name
-        self._folder = folder  # of the checkpoints
-        self._experiment = experiment
         self._probe = Probe(learner.schema.size, stream(0, "probe"))
 
-    def compute(self, job: Compute, save: bool) -> Outcome:
-        """Perform one `Compute`: mix what was collected, evaluate, then train for the round, evaluate and seal."""
+    def compute(self, job: Compute, save: Callable[[Checkpoint], None] | None) -> Outcome:
+        """Perform one `Compute`: mix what was collected, evaluate, then train for the round, evaluate and seal.
+
+        `save` is given a copy of the state between the two.
+        """
         learner = self._learner
         folded, trained, update = None, None, None
-        if job.round > 0:
+        if job.round > 0 or job.contributions:  # before the first round: the state of others, in place of the own one
             folded = self._fold(job)
-        happened = self._save(job) if save else None
+        if save is not None:
+            save(Checkpoint(job.round, job.mass, learner.state()))
         if job.train:
-            begin = time.perf_counter()
-            loss = self._train(job)
-            trained_at = time.perf_counter()
-            scores = learner.evaluate()
-            trained = Trained(loss, scores, trained_at - begin, time.perf_counter() - trained_at)
-        norm = self._own_norm()
+            trained = train_for(learner, job, time.perf_counter)
+        norm = usable_norm(learner)
         if job.train:
             update = self._seal(job)
-        return Outcome(Computed(job.round, folded, trained, update), norm, happened)
-
-    def _train(self, job: Compute) -> float:
-        """Train for the round; the mean loss. Where push-sum says so, the vector goes another part of the way."""
-        if job.step == 1.0:
-            return self._learner.train(job.round)
-        start = self._learner.vector.clone()
-        loss = self._learner.train(job.round)
-        self._learner.vector.sub_(start).mul_(job.step).add_(start)
-        return loss
+        return Outcome(Computed(job.round, folded, trained, update), norm)
 
     def _fold(self, job: Compute) -> Folded:
-        learner, vector = self._learner, self._learner.vector
-        begin = time.perf_counter()
-        terms = [(c.peer, c.weight, as_tensor(c.vector).to(vector.device)) for c in job.contributions]
-        consensus = distance_to_mean(vector, [term for _, _, term in terms])
-        before = self._probe(vector)
-        fold(vector, terms, self._name, out=vector)
-        after = self._probe(vector)
-        mixed_at = time.perf_counter()
-        scores = learner.evaluate()
-        return Folded(scores, consensus, mixed_at - begin, time.perf_counter() - mixed_at, before, after)
-
-    def _own_norm(self) -> float:
-        try:
-            return check_vector(self._learner.vector, None)
-        except BadMessage as error:  # what we would refuse from others, we do not send
-            raise TrainingFailed(f"the own model is no longer usable: {error.why}; lower train.lr") from None
+        terms = [(c.peer, c.weight, as_tensor(c.vector)) for c in job.contributions]
+        return fold_into(self._learner, self._name, terms, self._probe, time.perf_counter)
 
     def _seal(self, job: Compute) -> Sealed:
         host = self._learner.vector.detach().cpu().numpy()
         return self._sealer.seal(host.data, job.round, job.mass, job.reach)
 
-    def _save(self, job: Compute) -> Happened:
-        try:
-            state = checkpoint.Checkpoint(job.round, job.mass, self._learner.state())
-            checkpoint.write(self._folder, state, self._experiment)
-        except OSError as error:  # a full disk is no reason to stop training
-            return Happened("checkpoint_failed", {"round": job.round, "why": str(error.strerror)})
-        return Happened("checkpoint", {"round": job.round})
-
     def write_model(self, path: Path) -> None:
-        """The model as it is now, with the names of the module's state_dict."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.tmp")
-        save_file(self._learner.named_tensors(self._learner.vector), draft)
-        draft.replace(path)
+        """See `write_model`."""
+        write_model(self._learner, path)
 
 
 def as_tensor(vector: object) -> Tensor:
     """The float32 view of an opened update; valid as long as the lease is held."""
     assert isinstance(vector, Lease)
     return torch.frombuffer(vector.view, dtype=torch.float32)
+
+
+# -- What a job does to a model, in every driver ---------------------------------------------------------------------
+
+
+def fold_into(
+    learner: Learner, name: str, terms: Sequence[tuple[str, float, Tensor]], probe: Probe, clock: Callable[[], float]
+) -> Folded:
+    """Mix these (peer, weight, vector) into the model of the node `name`, and evaluate it. `clock` gives seconds."""
+    vector = learner.vector
+    begin = clock()
+    terms = [(peer, weight, term.to(vector.device)) for peer, weight, term in terms]
+    consensus = distance_to_mean(vector, [term for _, _, term in terms])
+    before = probe(vector)
+    fold(vector, terms, name, out=vector)
+    after = probe(vector)
+    mixed_at = clock()
+    scores = learner.evaluate()
+    return Folded(scores, consensus, mixed_at - begin, clock() - mixed_at, before, after)
+
+
+def train_for(learner: Learner, job: Compute, clock: Callable[[], float]) -> Trained:
+    """One round of local training, and evaluate. Where push-sum says so, the vector goes another part of the way.
+
+    TrainingFailed if the loss is not finite.
+    """
+    begin = clock()
+    start = learner.vector.clone() if job.step != 1.0 else None
+    loss = learner.train(job.round)
+    if start is not None:
+        learner.vector.sub_(start).mul_(job.step).add_(start)
+    trained_at = clock()
+    scores = learner.evaluate()
+    return Trained(loss, scores, trained_at - begin, clock() - trained_at)
+
+
+def usable_norm(learner: Learner) -> float:
+    """The L2 norm of the own vector; TrainingFailed if others would refuse it, for then it is not sent."""
+    try:
+        return check_vector(learner.vector, None)
+    except BadMessage as error:
+        raise TrainingFailed(f"the own model is no longer usable: {error.why}; lower train.lr") from None
+
+
+def write_model(learner: Learner, path: Path) -> None:
+    """The model as it is now, with the names of the module's state_dict. TrainingFailed if the disk is full."""
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(save(learner.named_tensors(learner.vector)))
+        draft.replace(path)
+    except OSError as error:
+        why = f"the rounds are done, but {path} cannot be written: {error.strerror}"
+        raise TrainingFailed(f"{why}; make room, and run once more with --resume") from None
 
 
 class Runtime:
@@ -168,14 +189,16 @@ class Runtime:
         link: Link,
         worker: Worker,
         records: NodeRecords,
+        experiment: bytes,
         epoch: int,
         norm: float,
         observe: Callable[[Line], None],
         before_round: Callable[[int], None],
     ) -> None:
-        """`observe` is told each line that is recorded; `norm` is the L2 norm of the initial vector."""
+        """`observe` is told each line that is recorded; `experiment` is its digest, `norm` the first vector's, L2."""
         self.node = node
         self.link = link
+        self.address_book: dict[str, str] = {}  # where members listen who never said it here themselves
         self._worker = worker
         self._records = records
         self._epoch = epoch
@@ -185,6 +208,8 @@ class Runtime:
         self._own_norm = norm
         self._last_norms: dict[str, float] = {}
         self._save_next = False
+        self._states: SimpleQueue[Checkpoint] = SimpleQueue()  # from the compute thread, for the disk
+        self._writer = checkpoint.Writer(records.checkpoint, experiment, self._wake)
         self._finished: bool | None = None
         self._failure: TrainingFailed | None = None
         self._pending: Future[Outcome] | None = None
@@ -193,9 +218,11 @@ class Runtime:
         self._read_end, self._write_end = os.pipe()  # one byte for each thing that the loop must look at
         os.set_blocking(self._write_end, False)
         os.set_blocking(self._read_end, False)
+        self._lost_lines = 0  # of the records, which the disk did not take
         self._asked_to_leave = False
         self._leave_told = False
         self._new_roster: Callable[[], Roster] | None = None
+        self._control: Control | None = None
         self._roster_changed = False
 
     # -- From outside ------------------------------------------------------------------------------------------------
@@ -215,6 +242,8 @@ class Runtime:
         self._wake()
 
     def _wake(self) -> None:
+        if self._finished is not None:
+            return  # nobody looks any more, and the pipe may be closed
         try:
             os.write(self._write_end, b"!")
         except BlockingIOError:
@@ -231,35 +260,64 @@ class Runtime:
             stack.callback(self._records.close)
             stack.callback(os.close, self._read_end)
             stack.callback(os.close, self._write_end)
+            stack.callback(self._writer.close)
+            stack.callback(self._write_states, wait=True)
             stack.callback(self.link.close, LINGER)
             threads = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute"))
             self.link.watch(self._read_end)
             if lifeline is not None:
                 self.link.watch(lifeline)
+            self._control = self._open_control(stack)
             self._handle(Tick(), threads)
             while self._finished is None:
                 self._turn(threads, lifeline)
             if self._finished:
-                self._worker.write_model(self._records.model)
+                try:
+                    self._worker.write_model(self._records.model)
+                except TrainingFailed as error:
+                    self._failure = error  # to be told once the neighbours have what they need from us
                 self._drain(threads)
+            if self._lost_lines:
+                self.record(Happened("records_incomplete", {"lines": self._lost_lines}))
             if self._failure is not None:
                 raise self._failure
             return self._finished
+
+    def _open_control(self, stack: ExitStack) -> Control | None:
+        """Let `p2pfl status` ask this node; where that cannot be, training goes on without."""
+        try:
+            control = stack.enter_context(Control(self._records.control))
+        except BadInput as error:
+            self.record(Happened("note", {"why": str(error)}))
+            return None
+        self.link.watch(control.fileno())
+        return control
+
+    def _answer(self, ready: set[int]) -> None:
+        """Say how things stand, if somebody asks."""
+        if self._control is not None and self._control.fileno() in ready:
+            self._control.answer(self.node.status(time.monotonic()))
 
     def _turn(self, threads: ThreadPoolExecutor, lifeline: int | None) -> None:
         deadline = min(self.link.deadline, self.node.deadline or self.link.deadline)
         events, ready = self.link.poll(deadline - time.monotonic())
         if lifeline in ready:
-            os._exit(1)  # whoever started us is gone; nothing is left to be told or tidied
+            forget(self._records.control)
+            os._exit(1)  # whoever started us is gone; nothing else is left to be told or tidied
         for event in events:
             self._handle(self._checked(event), threads)
+        if self.link.successor:
+            self._give_way(self.link.successor)
+            return
         if self._read_end in ready:
             os.read(self._read_end, 4096)
             self._look_around(threads)
         if self.node.deadline is not None and time.monotonic() >= self.node.deadline:
             self._handle(Tick(), threads)
+        self._answer(ready)
 
     def _look_around(self, threads: ThreadPoolExecutor) -> None:
+        self._write_states()
         if self._pending is not None and self._pending.done():
             pending, self._pending = self._pending, None
             try:
@@ -269,8 +327,6 @@ class Runtime:
                 self._handle(Leave(at_once=True), threads)  # the others need not wait for what will not come
                 return
             self._own_norm = outcome.norm
-            if outcome.happened is not None:
-                self.record(outcome.happened)
             self._handle(outcome.computed, threads)
         if self._asked_to_leave and not self._leave_told:
             self._leave_told = True
@@ -281,6 +337,31 @@ class Runtime:
                 self.link.replace_roster(self._new_roster())
             except BadInput as error:  # a slip in an editor must not end the training: the old roster holds
                 self.record(Happened("roster_refused", {"why": str(error)}))
+
+    def _save(self, state: Checkpoint) -> None:
+        """Have a copy of the state written. Called by the compute thread, which does not wait for the disk."""
+        self._states.put(state)
+        self._wake()
+
+    def _write_states(self, wait: bool = False) -> None:
+        """Hand the newest state to the writer and say what became of those before; or, with `wait`, of all."""
+        while not self._states.empty():
+            self._writer.put(self._states.get())
+        for written in self._writer.written(wait):
+            if written.failure:
+                self.record(Happened("checkpoint_failed", {"round": written.round, "why": written.failure}))
+            else:
+                self.record(Happened("checkpoint", {"round": written.round}))
+
+    def _give_way(self, epoch: int) -> None:
+        """A later process of this identity takes part: end, without a goodbye, which would be taken for one of both."""
+        self.record(Happened("displaced", {"epoch": epoch}))
+        self._finished = False
+        self._failure = TrainingFailed(
+            f"another process with the identity of {self.node.settings.name} has started after this one "
+            f"(start {epoch}, this is {self._epoch}), and the others go on with it: run one, or make a key for each; if there is no "
+            "other, the .epoch file beside the key is an old copy: write the output of `date +%s` into it"
+        )
 
     def _handle(self, event: Event, threads: ThreadPoolExecutor) -> None:
         for effect in self.node.handle(event, time.monotonic()):
@@ -297,10 +378,11 @@ class Runtime:
                     self._round_began = time.monotonic()
                 self._before_round(effect.round)
                 self.link.round = effect.round
-                self._pending = threads.submit(self._worker.compute, effect, self._save_next)
+                self._pending = threads.submit(self._worker.compute, effect, self._save if self._save_next else None)
                 self._save_next = False
                 self._pending.add_done_callback(lambda _: self._wake())
             case Connect(peer, address):
+                address = address or self.address_book.get(peer, "")
                 if address and not self.link.is_dialling(peer):  # both may: one of them may know no address
                     self.link.dial(address, (peer,))
             case Disconnect(peer, seconds):
@@ -309,6 +391,11 @@ class Runtime:
                 self._round_ended(ended)
             case Record(Happened() as happened):
                 self.record(happened)
+                if happened.event == "no_state":
+                    self._failure = TrainingFailed(
+                        f"the checkpoints in {self._records.checkpoint} are damaged, and no neighbour gave its state: "
+                        "try again when one is there, or start afresh by moving that folder away"
+                    )
             case Done(finished):
                 self._finished = finished
 
@@ -317,9 +404,10 @@ class Runtime:
         now = time.monotonic()
         until, graced = now + DRAIN, now + min(DRAIN, self.node.settings.grace)
         while (not self.link.idle and now < until) or (self.link.interrupted and now < graced):
-            events, _ = self.link.poll(min(self.link.deadline, until if not self.link.idle else graced) - now)
+            events, ready = self.link.poll(min(self.link.deadline, until if not self.link.idle else graced) - now)
             for event in events:
                 self._handle(event, threads)
+            self._answer(ready)
             now = time.monotonic()
 
     # -- What may be averaged ----------------------------------------------------------------------------------------
@@ -367,13 +455,21 @@ class Runtime:
             received=received - self._bytes[1],
         )
         self._round_began, self._bytes = now, (sent, received)
-        self._records.append_metrics(line)
-        self._observe(line)
+        self._keep(self._records.append_metrics, line)
 
     def record(self, happened: Happened) -> None:
         """Write one event down, and tell whoever observes."""
-        line = event_line(happened, t=time.time(), node=self.node.settings.name)
-        self._records.append_event(line)
+        self._keep(self._records.append_event, event_line(happened, t=time.time(), node=self.node.settings.name))
+
+    def _keep(self, append: Callable[[Line], None], line: Line) -> None:
+        """Write a line down and show it. A disk that is full is no reason to stop training: it is said, once."""
+        try:
+            append(line)
+        except OSError as error:
+            self._lost_lines += 1
+            if self._lost_lines == 1:
+                failed = Happened("records_failed", {"why": str(error.strerror)})
+                self._observe(event_line(failed, t=time.time(), node=self.node.settings.name))
         self._observe(line)
 
 
@@ -413,9 +509,11 @@ def assemble(
     learner = make_learner(experiment, part, identity.name)
     facts = _facts(experiment, topology, learner, part)
     agreed = hashlib.sha256("\n".join(f"{key} = {value}" for key, value in sorted(facts.items())).encode()).digest()
-    found = checkpoint.read(records.checkpoint, agreed) if resume else None
-    if found is not None:
-        learner.restore(found.tensors)
+    found = checkpoint.Found(None, {})
+    if resume:
+        found = checkpoint.read(records.checkpoint, agreed, learner.state())
+    if found.newest is not None:
+        learner.restore(found.newest.tensors)
     weights, heals = experiment.topology.weighting, experiment.topology.heal
     own_mass = mass(weights, learner.samples)
     greeting = Greeting(
@@ -426,10 +524,9 @@ def assemble(
         facts=facts,
     )
     link = Link(identity, roster, epoch, greeting, lambda peer, round: node.check_offer(peer, round), listen)
-    network = experiment.network
-    settings = Settings(
+    settings = replace(
+        common_settings(experiment),
         name=identity.name,
-        rounds=experiment.train.rounds,
         neighbours=tuple(sorted(neighbours)),
         unnamed=sum(dial.name is None for dial in dials),
         open=topology is None,
@@ -440,12 +537,39 @@ def assemble(
         else None,
         address=link.address,
         epoch=epoch,
-        suspicion=network.suspicion,
         drift=1 if topology is None else topology.period or len(topology.names),
+        mass=own_mass,
+        held_mass=found.newest.mass if found.newest is not None else None,
+        first_round=found.newest.round if found.newest is not None else 0,
+        needs_state=found.lost,
+    )
+    node = Node(settings, time.monotonic())
+    sealer = Sealer(identity, agreed, learner.schema.digest, learner.schema.nbytes, epoch)
+    worker = Worker(learner, sealer, identity.name)
+    norm = check_vector(learner.vector, None)
+    for dial in dials:
+        link.dial(dial.address, () if dial.name is None else (dial.name,))
+    runtime = Runtime(node, link, worker, records, agreed, epoch, norm, observe, before_round)
+    runtime.address_book.update({m.card.name: m.addresses[0] for m in roster.members if m.addresses})
+    runtime.record(Happened("started", {"rows": learner.samples, "round": settings.first_round}))
+    if found.damaged:
+        files = tuple(f"{path.name}: {why}" for path, why in found.damaged.items())
+        runtime.record(Happened("checkpoint_damaged", {"files": files, "lost": found.lost}))
+    for note in learner.notes:
+        runtime.record(Happened("note", {"why": note}))
+    return runtime
+
+
+def common_settings(experiment: Experiment) -> Settings:
+    """What all nodes of an experiment have alike; what differs between them is theirs to add."""
+    network = experiment.network
+    weights = experiment.topology.weighting
+    return Settings(
+        name="",
+        rounds=experiment.train.rounds,
+        suspicion=network.suspicion,
         weights=weights,
         two_way=experiment.mix.two_way,
-        mass=own_mass,
-        held_mass=found.mass if found is not None else None,
         equal_masses=weights not in BY_ROWS,
         checkpoint_every=experiment.train.checkpoint_every,
         staleness=float(network.staleness),
@@ -454,19 +578,7 @@ def assemble(
         silence=network.silence,
         grace=network.grace,
         patience=network.patience,
-        first_round=found.round if found is not None else 0,
     )
-    node = Node(settings, time.monotonic())
-    sealer = Sealer(identity, agreed, learner.schema.digest, learner.schema.nbytes, epoch)
-    worker = Worker(learner, sealer, identity.name, records.checkpoint, agreed)
-    norm = check_vector(learner.vector, None)
-    for dial in dials:
-        link.dial(dial.address, () if dial.name is None else (dial.name,))
-    runtime = Runtime(node, link, worker, records, epoch, norm, observe, before_round)
-    runtime.record(Happened("started", {"rows": learner.samples, "round": settings.first_round}))
-    for note in learner.notes:
-        runtime.record(Happened("note", {"why": note}))
-    return runtime
 
 
 def _facts(experiment: Experiment, topology: Topology | None, learner: Learner, part: Part) -> dict[str, str]:

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -28,8 +28,9 @@ from torch import Tensor
 
 from p2pfl import topology
 from p2pfl.analysis import compare_contraction, consensus_distance
-from p2pfl.config import Experiment, to_toml
-from p2pfl.data import load_part
+from p2pfl.config import PROCESS_FAULTS, Experiment, to_toml
+from p2pfl.control import forget
+from p2pfl.data import Part, load_part, load_parts
 from p2pfl.identity import Identity, Member, Roster
 from p2pfl.learner import make_learner
 from p2pfl.messages import BadInput, Schema, TrainingFailed
@@ -69,10 +70,54 @@ class Child:
 
 
 @dataclass(frozen=True, slots=True)
+class Ground:
+    """What a run starts from, in every driver."""
+
+    graph: Topology
+    parts: Mapping[str, Part]  # of each node
+    masses: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a node ended, in every driver."""
+
+    name: str
+    finished: bool
+    last_metrics: Line
+    rejected: Mapping[str, int]
+    sent: int  # bytes
+    received: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     summary: Line
     failed_by_itself: tuple[str, ...]  # nodes that did not finish although nobody killed them
     errors: Mapping[str, str]
+
+
+def check_faults(experiment: Experiment) -> None:
+    """BadInput for a fault that cannot be done to processes on one machine."""
+    for index, fault in enumerate(experiment.faults):
+        if fault.kind not in PROCESS_FAULTS:
+            raise BadInput(
+                f"faults.{index}: `p2pfl up` can do {', '.join(PROCESS_FAULTS)}, not {fault.kind}: "
+                "use `p2pfl simulate` for that"
+            )
+
+
+def prepare(experiment: Experiment, run: Run) -> Ground:
+    """Build the graph, share out the rows, and write both down. BadInput for what is wrong with the experiment."""
+    graph, weights = topology.build(experiment.topology, experiment.seed), experiment.topology.weighting
+    topology.neighbourhoods(graph, graph.names[0], weights)(0)  # solved, or refused, before anything starts
+    torch.set_num_threads(1)  # sums in one order; and a parent whose torch has started threads must not fork
+    parts = dict(zip(graph.names, load_parts(experiment), strict=True))
+    masses = {name: mass(weights, len(part.train)) for name, part in parts.items()}
+    write_text(run.experiment, to_toml(experiment))
+    write_json(run.topology, _json(topology.node_link(graph, weights, masses)))
+    return Ground(graph, parts, masses)
 
 
 def up(
@@ -88,14 +133,8 @@ def up(
     if not hasattr(os, "fork"):
         raise BadInput("`p2pfl up` needs a system that can fork (Linux, macOS); start `p2pfl node` once for each node")
     began = time.monotonic()
-    graph = topology.build(experiment.topology, experiment.seed)
-    names = graph.names
-    topology.neighbourhoods(graph, names[0], experiment.topology.weighting)(0)  # solved, or refused, before they fork
-    torch.set_num_threads(1)  # here already: a parent whose torch has started threads must not fork
-    parts = [load_part(experiment, index) for index in range(len(names))]
-    masses = {n: mass(experiment.topology.weighting, len(p.train)) for n, p in zip(names, parts, strict=True)}
-    write_text(run.experiment, to_toml(experiment))
-    write_json(run.topology, _json(topology.node_link(graph, experiment.topology.weighting, masses)))
+    ground = prepare(experiment, run)
+    graph, names = ground.graph, ground.graph.names
     identities = [Identity.generate(name) for name in names]
     roster = Roster(tuple(Member(identity.card) for identity in identities))
 
@@ -123,8 +162,10 @@ def up(
             _supervise(children, observe, interrupts, start)
     finally:
         _end_all(children)
+        for child in children:
+            forget(run.node(child.name).control)  # of those who were killed
     seconds = time.monotonic() - began
-    return _conclude(experiment, run, graph, masses, children, seconds)
+    return conclude(experiment, run, ground, [_ended(child) for child in children], seconds)
 
 
 # -- The child -------------------------------------------------------------------------------------------------------
@@ -175,7 +216,7 @@ def _be_node(
         if not faults or round < faults[0].round:
             return
         fault = faults.popleft()
-        _say(pipe, {"kind": fault.kind, "seconds": fault.seconds})
+        _say(pipe, {"kind": fault.kind, "seconds": fault.lasting})
         # From within, so that it is that round and no later one.
         os.kill(os.getpid(), signal.SIGSTOP if fault.kind == "pause" else signal.SIGKILL)
 
@@ -200,6 +241,7 @@ def _be_node(
     )
     _say(pipe, {"kind": "address", "address": runtime.link.address})
     addresses = json.loads(_hear(pipe))
+    runtime.address_book.update({other: address for other, address in addresses.items() if address})
     for neighbour in sorted(graph.union()[name]):
         # Of two neighbours one dials, so that there is one pair of connections; who starts again is sought by nobody.
         if addresses[neighbour] and (neighbour > name or epoch > 1):
@@ -374,44 +416,46 @@ def _end_all(children: Sequence[Child]) -> None:
 # -- The end ---------------------------------------------------------------------------------------------------------
 
 
-def _conclude(
-    experiment: Experiment,
-    run: Run,
-    graph: Topology,
-    masses: Mapping[str, float],
-    children: Sequence[Child],
-    seconds: float,
-) -> Outcome:
-    finished = [child.name for child in children if child.outcome is not None and child.outcome["finished"]]
-    scores, distance, parameters = mean_model_scores(experiment, run, finished)
-    facts = _json(implied(graph, experiment.topology.weighting, masses, parameters))
-    lines = {name: run.node(name).read_metrics() for name in graph.names}
-    rejected: dict[str, int] = {}
-    sent = received = 0
-    for child in children:
-        for code, count in _numbers(inside(child.outcome or {}, "rejected")).items():
-            rejected[code] = rejected.get(code, 0) + count
-        traffic = _numbers(inside(child.outcome or {}, "bytes"))
-        sent += traffic.get("sent", 0)
-        received += traffic.get("received", 0)
+def _ended(child: Child) -> Ended:
+    words = child.outcome or {}
+    traffic = _numbers(inside(words, "bytes"))
+    return Ended(
+        child.name,
+        finished=words.get("finished") is True,
+        last_metrics=child.last_metrics,
+        rejected=_numbers(inside(words, "rejected")),
+        sent=traffic.get("sent", 0),
+        received=traffic.get("received", 0),
+        error=child.error,
+    )
+
+
+def conclude(experiment: Experiment, run: Run, ground: Ground, nodes: Sequence[Ended], seconds: float) -> Outcome:
+    """Look at the models that the finished nodes have left, sum everything up, and write the summary."""
+    finished = [node.name for node in nodes if node.finished]
+    scores, distance, parameters = mean_model_scores(experiment, run, ground, finished)
+    facts = _json(implied(ground.graph, experiment.topology.weighting, ground.masses, parameters))
+    lines = {name: run.node(name).read_metrics() for name in ground.graph.names}
+    rejected: Counter[str] = Counter()
+    for node in nodes:
+        rejected.update(node.rejected)
     summary = summarise(
-        nodes=list(graph.names),
+        nodes=list(ground.graph.names),
         finished=finished,
         rounds=experiment.train.rounds,
         seconds=seconds,
-        last_metrics={child.name: child.last_metrics for child in children if child.last_metrics},
+        last_metrics={node.name: node.last_metrics for node in nodes if node.last_metrics},
         mean_model=scores,
         consensus_distance=distance,
-        rejected=dict(sorted(rejected.items())),
-        sent=sent,
-        received=received,
-        contraction=_json(compare_contraction(lines, masses, facts)),
+        rejected=rejected,
+        sent=sum(node.sent for node in nodes),
+        received=sum(node.received for node in nodes),
+        contraction=_json(compare_contraction(lines, ground.masses, facts)),
         topology=facts,
     )
     write_json(run.summary, summary)
-    meant = {child.name for child in children if experiment.is_doomed(child.name)}
-    failed = tuple(child.name for child in children if child.name not in finished and child.name not in meant)
-    return Outcome(summary, failed, {child.name: child.error for child in children if child.error})
+    failed = tuple(node.name for node in nodes if not node.finished and not experiment.is_doomed(node.name))
+    return Outcome(summary, failed, {node.name: node.error for node in nodes if node.error})
 
 
 def flat_vector(tensors: Mapping[str, Tensor], schema: Schema) -> Tensor:
@@ -420,7 +464,7 @@ def flat_vector(tensors: Mapping[str, Tensor], schema: Schema) -> Tensor:
 
 
 def mean_model_scores(
-    experiment: Experiment, run: Run, finished: Sequence[str]
+    experiment: Experiment, run: Run, ground: Ground, finished: Sequence[str]
 ) -> tuple[dict[str, float], float, int | None]:
     """What the mean of the finished nodes' models reaches, on average over their test rows, and how far they are apart.
 
@@ -429,12 +473,12 @@ def mean_model_scores(
     """
     if not finished:
         return {}, 0.0, None
-    names = experiment.topology.names
-    learners = {name: make_learner(experiment, load_part(experiment, names.index(name)), name) for name in finished}
-    vectors = [flat_vector(load_file(run.node(n).model), learner.schema) for n, learner in learners.items()]
+    schema = make_learner(experiment, ground.parts[finished[0]], finished[0]).schema
+    vectors = [flat_vector(load_file(run.node(name).model), schema) for name in finished]
     mean = torch.stack(vectors).mean(dim=0)
     totals: dict[str, float] = {}
-    for learner in learners.values():
+    for name in finished:
+        learner = make_learner(experiment, ground.parts[name], name)
         learner.vector.copy_(mean)
         for key, value in learner.evaluate().values.items():
             totals[key] = totals.get(key, 0.0) + value / len(finished)

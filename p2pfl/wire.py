@@ -34,6 +34,7 @@ from p2pfl.messages import (
     Offer,
     Receipt,
     Refused,
+    Resume,
     WireMessage,
 )
 
@@ -118,6 +119,7 @@ _TYPES: dict[int, tuple[type[WireMessage], dict[str, Check]]] = {
     6: (Goodbye, {"round": _ROUND, "reason": _word("finished", "leaving")}),
     7: (Receipt, {"round": _ROUND}),
     8: (Gossip, {"records": _integer(0, MAX_GOSSIPED), "hints": _integer(0, MAX_GOSSIPED)}),
+    9: (Resume, {"round": _ROUND, "start": _integer(1, 2**31)}),
     16: (Offer, {"signature": _bytes(64), "key": _bytes(32)}),
     17: (Chunk, {"round": _ROUND, "index": _integer(0, 2**31)}),
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from p2pfl.config import Experiment, builtin_experiments, find_experiment, load, to_toml
+from p2pfl.config import AWAY_SECONDS, FAULTS, Experiment, builtin_experiments, find_experiment, load, to_toml
 from p2pfl.messages import BadInput
 from p2pfl.topology.files import names_in
 
@@ -69,6 +69,24 @@ def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
     assert load(write(tmp_path, to_toml(experiment))) == experiment
 
 
+FAULT_OF_EACH_KIND = """faults=[
+    {kind="kill", node=0, round=1}, {kind="restart", node="node-1", round=1},
+    {kind="pause", node=2, round=1, seconds=3},
+    {kind="slow", node=1, round=0, factor=2.5, seconds=9}, {kind="disk-full", node=1, round=1, seconds=9},
+    {kind="clock-jump", node=1, round=1, by=-3600}, {kind="lie", node=1, round=1, about="mass", seconds=9},
+    {kind="cut", node=1, round=1, groups=[[0, "node-1"], [2]], one_way=true, seconds=9},
+    {kind="delay", node=1, to="node-2", round=1, delay=0.5, jitter=1, seconds=9},
+    {kind="loss", node=1, round=1}, {kind="corrupt", node=1, to=2, round=1}]"""
+
+
+def test_a_fault_of_each_kind_is_written_and_read_back_equal(tmp_path: Path) -> None:
+    experiment = load(write(tmp_path, CONTRACT), [FAULT_OF_EACH_KIND])
+    assert {fault.kind for fault in experiment.faults} == FAULTS.keys()
+    assert load(write(tmp_path, to_toml(experiment))) == experiment
+    assert [fault.lasting for fault in experiment.faults[1:3]] == [AWAY_SECONDS, 3]
+    assert experiment.faults_for("node-1")[0].kind == "slow"  # in the order of their rounds
+
+
 def test_settings_precede_flags_precede_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, CONTRACT)
     assert load(path).train.rounds == 30
@@ -101,6 +119,15 @@ MISTAKES = {
     'faults=[{kind="kill", node=-1, round=1}]': "there is no node -1",
     'faults=[{kind="kil", node=1, round=1}]': "faults.0.kind = 'kil' is not one of 'kill'",
     'faults=[{kind="kill", nod=1, round=1}]': "unknown key faults.0.nod; did you mean 'node'?",
+    'faults=[{kind="kill", node=1, round=1, seconds=2}]': "'kill' has no key seconds; it takes kind, node, round",
+    'faults=[{kind="slow", node=1, round=1, seconds=9}]': "'slow' needs factor, how many times as long it computes",
+    'faults=[{kind="slow", node=1, round=1, factr=2}]': "unknown key faults.0.factr; did you mean 'factor'?",
+    'faults=[{kind="cut", node=1, round=1}]': "'cut' needs seconds, for how long",
+    'faults=[{kind="cut", node=1, round=1, seconds=9, groups=[[0, 1]]}]': "groups: name two or more",
+    'faults=[{kind="cut", node=1, round=1, seconds=9, groups=[[0], [1, 0]]}]': "and each node once",
+    'faults=[{kind="cut", node=1, round=1, seconds=9, groups=[[0], ["x"]]}]': "there is no node 'x'",
+    'faults=[{kind="loss", node=1, to=8, round=1}]': "there is no node 8",
+    'faults=[{kind="lie", node=1, round=1, seconds=9, about="age"}]': "faults.0.about = 'age' is not one of 'mass'",
     "data.split=sizes": "data.sizes has 0 numbers for 8 nodes",
     "data.test_fraction=1": "data.test_fraction",
     "seed": "write it as key=value",

@@ -31,6 +31,7 @@ from p2pfl.messages import (
     Offer,
     Receipt,
     Refused,
+    Resume,
     WireMessage,
 )
 from p2pfl.wire import (
@@ -63,6 +64,7 @@ EXAMPLES: dict[type[WireMessage], WireMessage] = {
     ),
     Receipt: Receipt(3),
     Grant: Grant(3, 8),
+    Resume: Resume(3, 8),
     Refused: Refused(3, "bad_schema"),
     Goodbye: Goodbye(3, "finished"),
     Offer: Offer(b"manifest", b"g" * 64, b"k" * 32),
@@ -85,6 +87,7 @@ WRONG: dict[str, list[object]] = {  # for each field of a header, what it must n
     "round": [*NOT_INTEGERS, -1, MAX_ROUND + 1],
     "seen": [*NOT_INTEGERS, -2, MAX_ROUND + 1],
     "chunks": [*NOT_INTEGERS, 0, -1, 2**31 + 1],
+    "start": [*NOT_INTEGERS, 0, -1, 2**31 + 1],
     "view": [*NOT_INTEGERS, -1, 2**32],
     "records": [*NOT_INTEGERS, -1, MAX_GOSSIPED + 1],
     "hints": [*NOT_INTEGERS, -1, MAX_GOSSIPED + 1],
@@ -140,6 +143,7 @@ messages = st.one_of(
     ),
     st.builds(Receipt, rounds),
     st.builds(Grant, rounds, st.integers(1, 2**31)),
+    st.builds(Resume, rounds, st.integers(1, 2**31)),
     st.builds(Refused, rounds, names),
     st.builds(Goodbye, rounds, st.sampled_from(["finished", "leaving"])),
     st.builds(Offer, st.binary(min_size=1, max_size=200), signatures, digests),
@@ -214,6 +218,7 @@ def test_the_type_numbers_never_change() -> None:
         "Goodbye": 6,
         "Receipt": 7,
         "Gossip": 8,
+        "Resume": 9,
         "Offer": 16,
         "Chunk": 17,
     }
@@ -420,7 +425,7 @@ def test_a_header_has_exactly_its_keys(message: WireMessage) -> None:
         assert refused(pack(header | {key: 0}), body) == "bad_header"
 
 
-@pytest.mark.parametrize("number", [0, 9, 15, 18, -1, 2**63, True, 3.0, "3", b"3", None, [], {}], ids=repr)
+@pytest.mark.parametrize("number", [0, 10, 15, 18, -1, 2**63, True, 3.0, "3", b"3", None, [], {}], ids=repr)
 def test_a_type_that_is_not_known_is_refused(number: object) -> None:
     assert refused(msgpack.packb({"type": number, "round": 0})) == "unknown_type"
     assert refused(msgpack.packb({"round": 0})) == "unknown_type"
