@@ -68,6 +68,7 @@ from p2pfl.topology import Topology, describe, neighbourhoods, wiring
 from p2pfl.weights import mass
 
 DRAIN = 10.0  # seconds that a finished node stays to hand over its last update
+WAKE_BYTES = 4096  # of the pipe of reasons to wake up, at a time
 LINGER = 2.0  # seconds that the sockets are given to send what they hold
 NORMS = 64  # accepted vectors whose median norm is the usual one
 
@@ -310,7 +311,7 @@ class Runtime:
             self._give_way(self.link.successor)
             return
         if self._read_end in ready:
-            os.read(self._read_end, 4096)
+            os.read(self._read_end, WAKE_BYTES)
             self._look_around(threads)
         if self.node.deadline is not None and time.monotonic() >= self.node.deadline:
             self._handle(Tick(), threads)
@@ -359,8 +360,9 @@ class Runtime:
         self._finished = False
         self._failure = TrainingFailed(
             f"another process with the identity of {self.node.settings.name} has started after this one "
-            f"(start {epoch}, this is {self._epoch}), and the others go on with it: run one, or make a key for each; if there is no "
-            "other, the .epoch file beside the key is an old copy: write the output of `date +%s` into it"
+            f"(start {epoch}, this is {self._epoch}), and the others go on with it: run one, or make a key for each; "
+            "if there is no other, the .epoch file beside the key is an old copy: "
+            "write the output of `date +%s` into it"
         )
 
     def _handle(self, event: Event, threads: ThreadPoolExecutor) -> None:
@@ -400,14 +402,21 @@ class Runtime:
                 self._finished = finished
 
     def _drain(self, threads: ThreadPoolExecutor) -> None:
-        """Stay until the neighbours have the last update; one whose link broke over it has its grace to come back."""
+        """Stay until the neighbours have the last update; one whose link broke over it has its grace to come back.
+
+        Unless the user wants to be gone.
+        """
         now = time.monotonic()
         until, graced = now + DRAIN, now + min(DRAIN, self.node.settings.grace)
-        while (not self.link.idle and now < until) or (self.link.interrupted and now < graced):
+        while not self._asked_to_leave and (
+            (not self.link.idle and now < until) or (self.link.interrupted and now < graced)
+        ):
             events, ready = self.link.poll(min(self.link.deadline, until if not self.link.idle else graced) - now)
             for event in events:
                 self._handle(event, threads)
             self._answer(ready)
+            if self._read_end in ready:
+                os.read(self._read_end, WAKE_BYTES)
             now = time.monotonic()
 
     # -- What may be averaged ----------------------------------------------------------------------------------------
