@@ -8,9 +8,11 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from p2pfl.identity import Identity, save
 
 P2PFL = (sys.executable, "-m", "p2pfl")
 LIMIT = 120  # seconds; far beyond what anything here takes, so that a hang is a failure and not a stuck suite
@@ -26,14 +28,30 @@ def run(*words: str | Path, cwd: Path | None = None, expect: int = 0) -> subproc
     return done
 
 
-def up(experiment: str | Path, run_dir: Path, *settings: str, nodes: int | None = None, expect: int = 0) -> dict:
+def up(
+    experiment: str | Path,
+    run_dir: Path,
+    *settings: str,
+    nodes: int | None = None,
+    cwd: Path | None = None,
+    expect: int = 0,
+) -> dict:
     """`p2pfl up … --json`: the summary."""
     words: list[str | Path] = ["up", experiment, "--run-dir", run_dir, "--json"]
     for setting in settings:
         words += ["--set", setting]
     if nodes is not None:
         words += ["--nodes", str(nodes)]
-    return json.loads(run(*words, expect=expect).stdout)
+    return json.loads(run(*words, cwd=cwd, expect=expect).stdout)
+
+
+def make_members(folder: Path, *names: str) -> None:
+    """In `folder`, a folder for each of them with its key and the roster of all: what `p2pfl keygen` leads to."""
+    made = {name: Identity.generate(name) for name in names}
+    for name, identity in made.items():
+        (folder / name).mkdir(parents=True)
+        save(identity, folder / name)
+        (folder / name / "roster.txt").write_text("".join(f"{other.card}\n" for other in made.values()))
 
 
 def metrics(run_dir: Path, node: str) -> list[dict]:
@@ -45,15 +63,22 @@ def events(run_dir: Path, node: str) -> list[dict]:
 
 
 @contextmanager
-def started(*words: str | Path, cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
-    """A process whose stdout is read line by line; killed at the end if it still runs."""
+def started(
+    *words: str | Path, cwd: Path | None = None, within: Sequence[str] = (), group: bool = False
+) -> Iterator[subprocess.Popen[str]]:
+    """A process whose stdout is read line by line; killed at the end if it still runs.
+
+    `within`: the words of a command that runs another one, as `nsenter` does, and becomes it. `group`: it leads a
+    process group of its own, which all that it starts belong to.
+    """
     process = subprocess.Popen(
-        [*P2PFL, *map(str, words)],
+        [*within, *P2PFL, *map(str, words)],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=ENVIRONMENT,
+        start_new_session=group,
     )
     try:
         yield process

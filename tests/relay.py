@@ -1,4 +1,4 @@
-"""A TCP relay that stands between two nodes as the network does: it passes on, records, cuts and falsifies.
+"""A TCP relay that stands between two nodes as the network does: it passes on, records, cuts, delays and falsifies.
 
 It knows nothing of what it carries. Each of its connections has two directions, "there" (from who dialled) and "back".
 A tamperer is asked about every piece of bytes that comes in, with its place in its stream, and says what goes out.
@@ -6,14 +6,21 @@ A tamperer is asked about every piece of bytes that comes in, with its place in 
 
 from __future__ import annotations
 
+import random
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from queue import Queue
 from typing import Literal
 
 Direction = Literal["there", "back"]
+BOTH: tuple[Direction, Direction] = ("there", "back")
 PIECE = 65_536  # bytes read at once
+HELD = 64  # pieces of one direction that may be on their way; then its sender has to wait
+RETRANSMISSION = 0.2  # seconds until TCP (Linux) sends again what was lost; then twice as long, each time
+LOSSES = 3  # of one and the same piece, at most: 1.4 s
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,25 @@ class Cut(Exception):
 
 
 Tamperer = Callable[[Piece], bytes]
+Lateness = Callable[[], float]  # seconds that the next piece takes; pieces keep their order all the same
+
+
+def prompt() -> float:
+    return 0.0
+
+
+def lossy(share: float, chance: random.Random) -> Lateness:
+    """TCP loses nothing: if the network loses this share of what it carries, that comes later, and all behind it."""
+
+    def lateness() -> float:
+        seconds, timeout = 0.0, RETRANSMISSION
+        for _ in range(LOSSES):
+            if chance.random() >= share:
+                break
+            seconds, timeout = seconds + timeout, 2 * timeout
+        return seconds
+
+    return lateness
 
 
 def honest(piece: Piece) -> bytes:
@@ -66,10 +92,11 @@ class Relay:
         self._target = (host, int(port))
         self.tamper = tamper
         self.pairs: list[Pair] = []
+        self.lateness: Lateness = prompt
         self._open = threading.Event()  # whether new connections are carried
-        self._flowing = threading.Event()  # whether bytes are passed on; if not, it is as if the cable were pulled
         self._open.set()
-        self._flowing.set()
+        self._flowing = {way: threading.Event() for way in BOTH}  # if not, it is as if the cable were pulled
+        self.flow()
         self._over = False
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -82,7 +109,8 @@ class Relay:
 
     def __exit__(self, *_: object) -> None:
         self._over = True
-        self._flowing.set()
+        self.lateness = prompt
+        self.flow()
         self._listener.shutdown(socket.SHUT_RDWR)
         self.cut()
         for thread in self._threads:
@@ -107,12 +135,14 @@ class Relay:
     def accept(self) -> None:
         self._open.set()
 
-    def hang(self) -> None:
-        """Hold everything back from now on; nobody is told."""
-        self._flowing.clear()
+    def hang(self, *ways: Direction) -> None:
+        """Hold everything back from now on, in both directions if none is named; nobody is told."""
+        for way in ways or BOTH:
+            self._flowing[way].clear()
 
     def flow(self) -> None:
-        self._flowing.set()
+        for way in BOTH:
+            self._flowing[way].set()
 
     def recorded(self) -> bytes:
         """All that came in, in both directions, connection after connection."""
@@ -148,18 +178,37 @@ class Relay:
             self._start(self._carry, pair, "back", target, dialler)
 
     def _carry(self, pair: Pair, way: Direction, source: socket.socket, sink: socket.socket) -> None:
+        """Read one direction of a connection to its end."""
+        under_way: Queue[tuple[float, bytes]] = Queue(HELD)  # when it is due, and what; no bytes: the end
+        self._start(self._deliver, pair, way, under_way, sink)
+        due = 0.0
         try:
             while data := source.recv(PIECE):
-                self._flowing.wait()
+                due = max(due, time.monotonic() + self.lateness())
+                under_way.put((due, data))
+        except OSError:
+            pass  # one of the ends hung up, or we do
+        finally:
+            under_way.put((due, b""))
+
+    def _deliver(self, pair: Pair, way: Direction, under_way: Queue[tuple[float, bytes]], sink: socket.socket) -> None:
+        due, data = under_way.get()
+        try:
+            while data:
+                time.sleep(max(0.0, due - time.monotonic()))
+                self._flowing[way].wait()
                 piece = Piece(pair.number, way, len(pair.recorded[way]), data)
                 with self._lock:
                     pair.recorded[way] += data
                     out = self.tamper(piece)
                 sink.sendall(out)
+                due, data = under_way.get()
         except (OSError, Cut):
             pass  # one of the ends hung up, or we do
         finally:
             pair.close()
+            while data:  # so that whoever reads does not wait for room
+                _, data = under_way.get()
 
 
 # -- Tamperers -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ more count under the right code, one log line, and the same model, round, epoch,
 
 from __future__ import annotations
 
+import ast
 import base64
+import itertools
 import json
 import math
 import os
@@ -17,6 +19,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -32,6 +35,7 @@ from links import (
     Attacker,
     Party,
     chunks_of,
+    connect,
     identities,
     open_party,
     parties,
@@ -41,6 +45,7 @@ from links import (
 )
 from zmq.utils import z85
 
+import p2pfl
 from p2pfl import topology
 from p2pfl.config import Experiment, validate
 from p2pfl.data import load_part
@@ -61,6 +66,7 @@ from p2pfl.messages import (
     Offer,
     Received,
     Rejected,
+    TrainingFailed,
     check_name,
     printable,
 )
@@ -131,6 +137,13 @@ class Victim:
         self.runtime.leave()
         self._thread.join(WITHIN)
         assert not self._thread.is_alive() and self.failure is None, self.failure
+
+    def end(self) -> None:
+        """Wait until it has ended by itself; raise what it raised."""
+        self._thread.join(WITHIN)
+        failure, self.failure = self.failure, None
+        assert not self._thread.is_alive() and failure is not None
+        raise failure
 
     @property
     def address(self) -> str:
@@ -787,6 +800,141 @@ def test_25_lawful_but_telling(tmp_path: Path) -> None:
         told = [(line["round"], line["why"]) for line in victim.events("suspicious")]
         assert told == [(0, "a model of zeros"), (1, "our own model"), (3, "the same model as before")]
         assert not victim.events("rejected")
+
+
+def test_29_the_older_of_two_processes_with_one_key_is_shown_the_newer_ones_own_words() -> None:
+    ids = {name: IDS[name] for name in ("honest", "victim")}
+    with parties(ids, only=("honest",)) as p:
+        honest, roster = p["honest"], roster_of(ids.values())
+        older = open_party(IDS["victim"], roster, epoch=1)
+        newer = open_party(IDS["victim"], roster, epoch=2)
+        try:
+            connect(older, honest)
+            connect(newer, honest)
+            until(lambda: older.link.successor, older, newer, honest)
+            assert older.link.successor == 2 and newer.link.successor == 0
+            assert newer.is_up("honest") and not older.is_up("honest")
+        finally:
+            older.link.close(0)
+            newer.link.close(0)
+
+
+def test_29_who_is_found_at_an_address_of_the_past_is_told_as_well() -> None:
+    """The older one listens, so that it is the other who makes the connection."""
+    ids = {name: IDS[name] for name in ("honest", "victim")}
+    with parties(ids, only=("honest",)) as p:
+        honest, roster = p["honest"], roster_of(ids.values())
+        older = open_party(IDS["victim"], roster, epoch=1)
+        newer = open_party(IDS["victim"], roster, epoch=2)
+        try:
+            connect(newer, honest)
+            honest.link.dial(older.link.address, ("victim",))
+            newer.link.close(0)  # or its address alone would be dialled
+            until(lambda: older.link.successor == 2, older, honest)
+        finally:
+            older.link.close(0)
+
+
+def test_29_a_record_that_ones_own_key_has_signed_tells_it_too_and_a_forged_one_does_not(tmp_path: Path) -> None:
+    with attacked(tmp_path) as (victim, mallory):
+        before, experiment = victim.state(), mallory.greeting.experiment
+        forged = sign_record(MemberRecord("victim", 9, 0), IDS["mallory"], experiment)
+        mallory.say("control", Gossip((forged,), ()))
+        victim.wait(lambda: victim.rejected("bad_record"))
+        elsewhere = sign_record(MemberRecord("victim", 9, 1), IDS["victim"], b"x" * 32)
+        mallory.say("control", Gossip((elsewhere,), ()))
+        victim.wait(lambda: victim.count("bad_record") == 2)
+        assert victim.state() == before and not victim.runtime.link.successor
+        genuine = sign_record(MemberRecord("victim", 9, 0), IDS["victim"], experiment)
+        mallory.say("control", Gossip((genuine,), ()))
+        with pytest.raises(TrainingFailed, match="start 9, this is 7"):
+            victim.end()
+        assert [line["epoch"] for line in victim.events("displaced")] == [9] and not victim.events("left")
+
+
+def own_hello(**changes: object) -> Callable[[Victim, Mallory], None]:
+    """Mallory shows the victim a hello in the victim's name, signed by the victim's key where nothing else is said."""
+
+    def attack(victim: Victim, mallory: Mallory) -> None:
+        signer = changes.get("signer", IDS["victim"])
+        about = {"experiment": mallory.greeting.experiment, "schema": mallory.greeting.schema, "epoch": 9}
+        about |= {key: value for key, value in changes.items() if key != "signer"}
+        said = Attacker(signer, IDS["mallory"], "").hello("control", name="victim", **about)
+        mallory.open("third")
+        mallory.say("third", said)
+        mallory.poll(lambda: mallory.is_closed("third"))
+
+    return attack
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [own_hello(epoch=7), own_hello(epoch=6), own_hello(experiment=b"x" * 32), own_hello(signer=IDS["mallory"])],
+    ids=["our own, reflected", "of an earlier start", "of another experiment", "signed by another"],
+)
+def test_29_no_peer_can_end_a_node_by_what_its_key_has_not_signed(
+    attack: Callable[[Victim, Mallory], None], tmp_path: Path
+) -> None:
+    with attacked(tmp_path) as (victim, mallory):
+        before = victim.state()
+        attack(victim, mallory)
+        victim.wait(lambda: victim.rejected("bad_hello"))
+        assert victim.state() == before and not victim.runtime.link.successor
+
+
+# -- Row 30: clocks --------------------------------------------------------------------------------------------------
+
+PACKAGE = Path(p2pfl.__file__).parent
+STAMPED = {"round_line", "event_line"}  # whose lines carry the time of day, and nothing follows from it
+SHOWN = {"default_run_dir", "strftime", "localtime", "fromtimestamp"}  # the name of a folder; a time in words
+WALL_CLOCKS = {"time", "time_ns", "now", "utcnow", "today", "CLOCK_REALTIME"}
+
+
+def wall_clock_readings(source: str) -> Iterator[tuple[int, str]]:
+    """Each place where the time of day is asked for: its line, and the call whose argument the answer is."""
+    tree = ast.parse(source)
+    calls = [(call, argument) for call in ast.walk(tree) if isinstance(call, ast.Call) for argument in arguments(call)]
+    users = {id(node): ast.unparse(call.func).split(".")[-1] for call, node in calls}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="time" | "datetime" | "date"), attr=attr)):
+                if attr in WALL_CLOCKS:
+                    yield node.lineno, users.get(id(node), "nothing")
+            case ast.ImportFrom(module="time"):
+                yield node.lineno, "an import that hides which clock it is"
+
+
+def arguments(call: ast.Call) -> Iterator[ast.expr]:
+    yield from call.args
+    yield from (keyword.value for keyword in call.keywords)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_30_nothing_follows_from_the_time_of_day(path: Path) -> None:
+    wrong = [(line, user) for line, user in wall_clock_readings(path.read_text("utf-8")) if user not in STAMPED | SHOWN]
+    assert not wrong
+
+
+def test_30_the_test_before_sees_a_wall_clock_that_decides() -> None:
+    assert list(wall_clock_readings("deadline = time.time() + 5")) == [(1, "nothing")]
+    assert list(wall_clock_readings("from time import time")) == [(1, "an import that hides which clock it is")]
+
+
+def test_30_a_wall_clock_that_jumps_by_ten_years_changes_nothing_but_the_stamps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    years = itertools.cycle((10, -10, 0))
+    really = time.time
+    with attacked(tmp_path) as (victim, mallory):
+        monkeypatch.setattr(time, "time", lambda: really() + next(years) * 365 * 86_400)
+        for round in range(6):
+            mallory.await_update(round) if round else None
+            mallory.send(mallory.seal(round))
+            victim.wait(lambda r=round: len(victim.rounds()) > r)
+            assert victim.rounds()[round]["merged"] == ["mallory"]
+        assert not victim.events("died") and not victim.events("suspected") and not victim.events("rejected")
+        stamps = [float(line["t"]) for line in victim.rounds()]
+        assert max(stamps) - min(stamps) > 10 * 365 * 86_400
 
 
 # -- Rows about files, names and settings: one look through the front door; the rest stands in their own tests --------

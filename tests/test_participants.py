@@ -190,6 +190,32 @@ def test_ctrl_c_leaves_gracefully_and_resume_goes_on(clinics: Path, tmp_path: Pa
     assert models[0] == models[1]  # bit-equal to the uninterrupted run
 
 
+def test_of_two_processes_with_one_key_the_later_takes_part_and_the_earlier_says_so_and_ends(
+    clinics: Path, tmp_path: Path
+) -> None:
+    (port,) = free_ports(1)
+    with ExitStack() as stack:
+
+        def start(name: str, folder: str, *words: str) -> subprocess.Popen[str]:
+            common = ["--data", "rows.csv", "--target", "diagnosis", "--rounds", "200", "--run-dir", tmp_path / folder]
+            slow = ["--set", "train.local_epochs=10"]
+            return stack.enter_context(started("node", *words, *common, *slow, cwd=clinics / name))
+
+        bethel = start("bethel", "bethel", "--peers", "aurora", "--listen", f"tcp://127.0.0.1:{port}")
+        earlier = start("aurora", "earlier", "--peers", f"bethel@127.0.0.1:{port}")
+        wait_for_line(earlier, r"^round +2/")
+        later = start("aurora", "later", "--peers", f"bethel@127.0.0.1:{port}")
+        last_words = wait_for_line(earlier, "^p2pfl: ")
+        assert "another process with the identity of aurora has started" in last_words
+        earlier.communicate(timeout=120)
+        assert earlier.returncode == 1
+        for process in (bethel, later):
+            process.communicate(timeout=120)
+            assert process.returncode == 0
+    assert [e["event"] for e in events(tmp_path / "earlier", "aurora")][-1] == "displaced"
+    assert metrics(tmp_path / "later", "aurora")[-1]["merged"] == ["bethel"]
+
+
 def test_a_roster_with_a_slip_is_told_and_the_old_one_holds(clinics: Path, tmp_path: Path) -> None:
     roster = tmp_path / "roster.txt"
     roster.write_text((clinics / "aurora" / "roster.txt").read_text())
