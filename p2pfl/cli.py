@@ -401,17 +401,18 @@ def bench(
     what: Annotated[str, typer.Argument(help="simulate: the event engine.")],
     nodes: Annotated[int, typer.Option(min=5, help="How many nodes.")] = 1000,
     rounds: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 20,
+    heal: Annotated[bool, typer.Option(help="As topology.heal: whether all keep a table of all members.")] = True,
     as_json: JsonFlag = False,
 ) -> None:
     """What this machine reaches, beside the limit that is measured in the same run.
 
-    Example: p2pfl bench simulate --nodes 5000
+    Example: p2pfl bench simulate --nodes 5000 --no-heal
     """
     from p2pfl.sim.bench import bench as measure
 
     if what != "simulate":
         raise BadInput(f"there is no benchmark {what!r}{did_you_mean(what, ('simulate',))}")
-    found = measure(nodes, rounds)
+    found = measure(nodes, rounds, heal)
     if as_json:
         _print_json(found)
         return

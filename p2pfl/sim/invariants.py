@@ -192,15 +192,16 @@ def nothing_stale_is_folded(life: Life, job: Compute, effects: Sequence[Effect])
 def what_came_in_time_counts(life: Life, job: Compute, effects: Sequence[Effect]) -> str | None:
     """What came of the round that ends is folded, unless its sender joined in mid-round or did not confirm ours.
 
-    Or if the weights follow from the whole graph, and the sender's was another.
+    Or if the weights follow from the whole graph, and the sender's was another, or it lied about that.
     """
     settings = life.node.settings
     if settings.staleness or life.stake is None or catches_up(effects):
         return None
+    own = life.own.members if life.own is not None else None
     for (parcel, round), stake in life.came.items():
         counts = settings.weights in PUSH_SUM or life.counted.get(parcel.sender) == stake.mass
         confirmed = not settings.two_way or round in life.receipts.get(parcel.sender, ())
-        alike = settings.weights not in FROM_WHOLE_GRAPH or life.own is None or parcel.members == life.own.members
+        alike = settings.weights not in FROM_WHOLE_GRAPH or (stake.reach == life.stake.reach and own == parcel.members)
         if round == job.round - 1 and counts and confirmed and alike and (parcel, round) not in life.folded:
             return f"round {round} of {parcel.sender} had come"
     return None

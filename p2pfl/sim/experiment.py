@@ -1,0 +1,260 @@
+"""An experiment in virtual time: its learners, its rows and every decision are real, its network and its clock are not.
+
+Without faults every model is bit for bit the one of `p2pfl up`: the same batches, the same weights, the same order of
+sums. One experiment gives one run folder, byte for byte, on whatever machine does the same arithmetic.
+
+All seconds in the records are virtual and count from the start of the simulation: a round's computing takes about
+COMPUTE_SECONDS, a message 15 to 65 ms (`Scenario.latency` and `jitter`). Mixing and evaluating take none. Bytes are
+those of the vectors that were sent and that came, four a parameter: nothing is sealed, signed or framed here.
+Checkpoints are kept in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from p2pfl import config
+from p2pfl.config import Experiment
+from p2pfl.learner import TorchLearner, make_learner
+from p2pfl.messages import Compute, Contribution, Folded, Happened, RoundEnded, Trained, TrainingFailed
+from p2pfl.mixing import Probe
+from p2pfl.node import Node, Settings
+from p2pfl.records import Line, Run, event_line, round_line, write_text
+from p2pfl.rng import stream
+from p2pfl.runtime import common_settings, fold_into, train_for, usable_norm, write_model
+from p2pfl.sim.engine import Engine
+from p2pfl.sim.faults import ClockJump, Corrupt, Crash, Delay, DiskFull, Fault, Lie, Lose, Partition, Pause, Slow
+from p2pfl.sim.invariants import Broken
+from p2pfl.sim.scenario import Scenario
+from p2pfl.sim.world import Life
+from p2pfl.swarm import Ended, Ground, Outcome, conclude, prepare
+from p2pfl.topology import Topology
+
+COMPUTE_SECONDS = 1.0  # of a round: as in a small network of real machines, and long beside the latency
+PACE = 20.0  # times as long as that a round may take on average, before the simulation is given up …
+MARGIN = 86_400.0  # … and seconds more: a day, for joining and for what faults delay
+
+
+def simulate(
+    experiment: Experiment,
+    run: Run,
+    observe: Callable[[Line], None],
+    *,
+    make_node: Callable[[Settings, float], Node] = Node,
+) -> Outcome:
+    """Run the experiment to its end. `observe` is told every line that a node records, as it comes.
+
+    BadInput for what is wrong with the experiment. TrainingFailed, in one line, if an invariant does not hold, or if
+    the run folder cannot be written.
+    """
+    ground = prepare(experiment, run)
+    first = ground.graph.names[0]
+    schema = make_learner(experiment, ground.parts[first], first).schema
+    probe = Probe(schema.size, stream(0, "probe"))
+    recorder = Recorder(run, schema.nbytes, observe)
+
+    def make_worker(_: Scenario, name: str) -> ModelWorker:
+        return ModelWorker(make_learner(experiment, ground.parts[name], name), name, probe)
+
+    engine = Engine(scenario_of(experiment, ground), make_node, make_worker, observe=recorder.record)
+    try:
+        outcome = engine.run()
+    except Broken as broken:
+        trace = run.path / "trace.txt"
+        write_text(trace, "".join(f"{line}\n" for line in broken.tail))
+        again = f"`p2pfl simulate {run.experiment}` shows it again, {trace} what went before"
+        raise TrainingFailed(f"a promise of the network is broken, {broken}; {again}") from None
+    except OSError as error:
+        raise TrainingFailed(f"cannot write into {run.path}: {error.strerror}") from None
+    nodes = [
+        Ended(
+            name,
+            machine.finished,
+            recorder.last_metrics.get(name, {}),
+            recorder.lives[name].node.conduct.counts if name in recorder.lives else {},
+            machine.sent * schema.nbytes,
+            machine.received * schema.nbytes,
+            engine.failures.get(name, ""),
+        )
+        for name, machine in engine.machines.items()
+    ]
+    return conclude(experiment, run, ground, nodes, outcome.seconds)
+
+
+def scenario_of(experiment: Experiment, ground: Ground) -> Scenario:
+    """The network, the settings and the faults of this experiment."""
+    names = ground.graph.names
+    longest = COMPUTE_SECONDS * PACE * experiment.train.rounds
+    return Scenario(
+        seed=experiment.seed,
+        topology=ground.graph,
+        section=experiment.topology if experiment.topology.heal else None,
+        settings=common_settings(experiment),
+        compute_seconds=dict.fromkeys(names, COMPUTE_SECONDS),
+        masses=ground.masses,
+        values={},  # those of the learners
+        targets={},
+        in_round={
+            name: tuple(
+                (fault.round, event)
+                for fault in experiment.faults_for(name)
+                for event in events_of(fault, experiment, ground.graph)
+            )
+            for name in names
+        },
+        limit=longest + math.fsum(fault.lasting for fault in experiment.faults) + MARGIN,
+    )
+
+
+def events_of(fault: config.Fault, experiment: Experiment, graph: Topology) -> list[Fault]:
+    """What this fault of an experiment is to the engine, once its round has come."""
+    at, seconds, node = 0.0, fault.lasting, experiment.name_of(fault.node)
+    receivers = [experiment.name_of(fault.to)] if fault.to is not None else sorted(graph.union()[node])
+    match fault.kind:
+        case "kill":
+            return [Crash(at, node)]
+        case "restart":
+            return [Crash(at, node, back_after=seconds)]
+        case "pause":
+            return [Pause(at, seconds, node)]
+        case "slow":
+            assert fault.factor is not None
+            return [Slow(at, seconds, node, fault.factor)]
+        case "disk-full":
+            return [DiskFull(at, seconds, node)]
+        case "clock-jump":
+            assert fault.by is not None
+            return [ClockJump(at, node, fault.by)]
+        case "lie":
+            assert fault.about is not None
+            return [Lie(at, seconds, node, fault.about)]
+        case "cut":
+            groups = tuple(tuple(experiment.name_of(n) for n in group) for group in fault.groups or ())
+            alone = ((node,), tuple(name for name in graph.names if name != node))
+            return [Partition(at, seconds, groups or alone, fault.one_way or False)]
+        case "delay":
+            assert fault.delay is not None
+            return [Delay(at, seconds, node, to, fault.delay, fault.jitter or 0.0) for to in receivers]
+        case "loss":
+            return [Lose(at, node, to) for to in receivers]
+        case "corrupt":
+            return [Corrupt(at, node, to, "bad_digest") for to in receivers]
+
+
+# -- What a node works on --------------------------------------------------------------------------------------------
+
+
+def no_time() -> float:
+    """The clock of what takes no virtual time."""
+    return 0.0
+
+
+class ModelWorker:
+    """A real learner, mixed and trained as `runtime` does it."""
+
+    rounding = 1e-5  # float32 keeps seven digits, also of values that cancel in the reading
+
+    def __init__(self, learner: TorchLearner, name: str, probe: Probe) -> None:
+        self.learner, self._name, self._probe = learner, name, probe
+        self.reading = self._read(probe(learner.vector))
+
+    def _read(self, probed: Sequence[float]) -> float:
+        """All projections in one, as large as a parameter is."""
+        return math.fsum(probed) / math.sqrt(self.learner.schema.size)
+
+    def fold(self, contributions: Sequence[Contribution]) -> Folded:
+        """See `Worker.fold`."""
+        terms = [(c.peer, c.weight, _as_tensor(c.vector)) for c in contributions]
+        folded = fold_into(self.learner, self._name, terms, self._probe, no_time)
+        self.reading = self._read(folded.after)
+        return folded
+
+    def train(self, job: Compute) -> tuple[Trained, object]:
+        """See `Worker.train`."""
+        trained = train_for(self.learner, job, no_time)
+        usable_norm(self.learner)
+        self.reading = self._read(self._probe(self.learner.vector))
+        return trained, self.learner.vector.detach().clone()
+
+    def state(self) -> object:
+        """See `Worker.state`."""
+        return self.learner.state()
+
+    def restore(self, state: object) -> None:
+        """See `Worker.restore`."""
+        assert isinstance(state, dict)
+        self.learner.restore(state)
+        self.reading = self._read(self._probe(self.learner.vector))
+
+
+def _as_tensor(vector: object) -> Tensor:
+    assert isinstance(vector, torch.Tensor)
+    return vector
+
+
+# -- What nodes record -----------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Writes down what nodes record, in virtual time, and shows it."""
+
+    def __init__(self, run: Run, nbytes: int, observe: Callable[[Line], None]) -> None:
+        """`nbytes` of one vector."""
+        self._run, self._nbytes, self._observe = run, nbytes, observe
+        self.lives: dict[str, Life] = {}  # the newest process of each node
+        self.last_metrics: dict[str, Line] = {}
+        self._rounds_ended: dict[str, float] = {}  # when the last one did, of the newest process
+        self._updates: dict[str, tuple[int, int]] = {}  # that were sent and had come by then
+
+    def record(self, life: Life, entry: RoundEnded | Happened, now: float) -> None:
+        """Write one thing down that happened at `now`, in seconds. OSError if the disk does not take it."""
+        match entry:
+            case RoundEnded():
+                self._round_ended(life, entry, now)
+            case Happened("started", fields):
+                learner = _learner(life)
+                self.lives[life.name] = life
+                self._rounds_ended.pop(life.name, None)
+                self._happened(life, Happened("started", {"rows": learner.samples, **fields}), now)
+                for note in learner.notes:
+                    self._happened(life, Happened("note", {"why": note}), now)
+            case Happened(event):
+                if event == "finished":
+                    write_model(_learner(life), self._run.node(life.name).model)
+                self._happened(life, entry, now)
+
+    def _round_ended(self, life: Life, ended: RoundEnded, now: float) -> None:
+        machine = life.machine
+        began = self._rounds_ended.get(life.name, life.worked_since)
+        sent, received = self._updates.get(life.name, (0, 0))
+        self._rounds_ended[life.name], self._updates[life.name] = now, (machine.sent, machine.received)
+        line = round_line(
+            ended,
+            t=now,
+            node=life.name,
+            epoch=life.epoch,
+            total_seconds=now - began,
+            sent=(machine.sent - sent) * self._nbytes,
+            received=(machine.received - received) * self._nbytes,
+        )
+        self.last_metrics[life.name] = line
+        records = self._run.node(life.name)
+        records.append_metrics(line)
+        records.close()  # there may be more nodes than a process may have files
+        self._observe(line)
+
+    def _happened(self, life: Life, happened: Happened, now: float) -> None:
+        line = event_line(happened, t=now, node=life.name)
+        records = self._run.node(life.name)
+        records.append_event(line)
+        records.close()
+        self._observe(line)
+
+
+def _learner(life: Life) -> TorchLearner:
+    assert isinstance(life.worker, ModelWorker)
+    return life.worker.learner
