@@ -542,7 +542,7 @@ def test_05_a_message_without_end_from_a_member(size: int, known: bool, tmp_path
 FLOOD = """
 import json, sys, zmq
 from zmq.utils.monitor import parse_monitor_message
-about = json.load(sys.stdin)
+about = json.loads(sys.stdin.readline())
 socket = zmq.Context().socket(zmq.DEALER)
 for key in ("curve_secretkey", "curve_publickey", "curve_serverkey"):
     setattr(socket, key, bytes.fromhex(about[key]))
@@ -575,7 +575,7 @@ def flood(
     }
     process = subprocess.Popen([sys.executable, "-c", FLOOD], stdin=subprocess.PIPE)
     assert process.stdin is not None
-    process.stdin.write(json.dumps(about).encode())
+    process.stdin.write(json.dumps(about).encode() + b"\n")
     process.stdin.close()
     try:
         yield process
