@@ -303,7 +303,7 @@ class Engine:
                         if mistakes == sum(node.conduct.counts.values()):
                             life.came[parcel_of(message), round] = Stake(mass, reach)
                         return effects
-                    case Receipt(round):
+                    case Receipt(round) if round <= life.machine.round:  # of what it has sent; a liar is told more
                         life.receipts.setdefault(peer, set()).add(round)
                     case Goodbye():
                         life.gone.add(peer)
