@@ -158,3 +158,18 @@ def test_an_answer_that_is_lost_with_one_of_two_pairs_of_connections_is_given_ag
     finally:
         alice.link.close(0)
         bob.link.close(0)
+
+
+def test_32_a_link_is_made_where_a_round_trip_takes_two_seconds() -> None:
+    about = (roster_of(IDS.values()), greeting_of(64))
+    alice, bob = open_party(IDS["alice"], *about), open_party(IDS["bob"], *about)
+    try:
+        with Relay(bob.link.address) as relay:
+            relay.lateness = lambda: 1.0
+            alice.link.dial(relay.address, ("bob",))
+            until(lambda: alice.is_up("bob") and bob.is_up("alice"), alice, bob, within=60.0)
+            assert not alice.codes() and not bob.codes()
+            relay.lateness = prompt
+    finally:
+        alice.link.close(0)
+        bob.link.close(0)
