@@ -23,6 +23,7 @@ from rich.console import Console
 
 from p2pfl import config
 from p2pfl.checkpoint import ASIDE, DIGEST_BYTES, NEWEST, PREVIOUS
+from p2pfl.messages import BadInput
 from p2pfl.records import Line, NodeRecords, Run, number, open_run, words
 from p2pfl.rng import stream
 from p2pfl.topology.files import names_in
@@ -213,7 +214,15 @@ def main() -> None:
     chosen = parser.parse_args()
     folder = chosen.out or Path("runs") / f"chaos-{datetime.now():%Y%m%d-%H%M%S}"
     console = Console()
-    experiment = config.load(config.find_experiment(chosen.experiment), chosen.set, names_in=names_in)
+    kinds = chosen.kinds.split(",")
+    unknown = sorted(set(kinds) - set(config.PROCESS_FAULTS))
+    try:
+        if unknown:
+            raise BadInput(f"--kinds {unknown[0]}: known are {', '.join(config.PROCESS_FAULTS)}")
+        experiment = config.load(config.find_experiment(chosen.experiment), chosen.set, names_in=names_in)
+    except BadInput as error:
+        print(f"chaos: {error}", file=sys.stderr)
+        sys.exit(2)
     with other_work(chosen.busy):
         up(chosen.experiment, folder / "short", chosen.set)
         a_round = pace(folder / "short")
@@ -228,10 +237,8 @@ def main() -> None:
             broken = [f"{name} did not finish" for name in calm["failed"]]
             conclude(console, broken + condemned(open_run(folder / "calm")), folder)
         apart = BETWEEN * productive / a_round
-        faults = schedule(
-            list(experiment.topology.names), chosen.kinds.split(","), rounds, apart, stream(chosen.seed, "chaos")
-        )
-        counts = {kind: sum(fault["kind"] == kind for fault in faults) for kind in ("restart", "pause", "kill")}
+        faults = schedule(list(experiment.topology.names), kinds, rounds, apart, stream(chosen.seed, "chaos"))
+        counts = {kind: sum(fault["kind"] == kind for fault in faults) for kind in config.PROCESS_FAULTS}
         said = ", ".join(f"{count} × {kind}" for kind, count in counts.items() if count)
         console.print(f"rough: the same with {said or 'no fault'} (seed {chosen.seed}) …", highlight=False)
         rough = up(chosen.experiment, folder / "rough", [*settings, as_toml(faults)], expect=(0, 1))

@@ -773,7 +773,8 @@ def _may_still_count(came: dict[tuple[Parcel, int], Stake], oldest: float) -> di
     late: dict[str, tuple[Parcel, int]] = {}
     for item in sorted((item for item in came if item[1] < oldest), key=lambda item: item[1]):
         late[item[0].sender] = item
-    return {item: stake for item, stake in came.items() if item[1] >= oldest or item in late.values()}
+    newest = set(late.values())
+    return {item: stake for item, stake in came.items() if item[1] >= oldest or item in newest}
 
 
 @contextmanager
