@@ -710,8 +710,11 @@ class Node:
                 return [n for n in self.neighbours.values() if not n.linked or (self._lacks_state and not n.updates)]
             case Phase.COLLECTING:
                 awaited = [n for n in self.neighbours.values() if self._is_awaited(n)]
-                in_step = any(n.alive and not n.degraded for n in self.neighbours.values())
-                return [n for n in awaited if not n.degraded] if in_step else awaited  # or one would run on alone
+                company = any(
+                    n.alive and not n.degraded and n.gone_after is None and n.name in self._here.hears
+                    for n in self.neighbours.values()
+                )
+                return [n for n in awaited if not n.degraded] if company else awaited  # or one would run on alone
             case _:
                 return []
 
@@ -960,6 +963,7 @@ class Node:
         """Between two rounds: go on with the graph over those who live now."""
         if self.membership is None or self.settings.wiring is None:
             return
+        # Nearly always it is the very same tuple: comparing thousands of names each round would be felt.
         if self.membership.live is self._members or self.membership.live == self._members:
             return
         before, self._members = self._members, self.membership.live

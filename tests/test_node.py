@@ -491,11 +491,13 @@ def test_who_comes_nearer_is_waited_for() -> None:
     assert node.awaited() == ("a", "b") and now == 20.0
 
 
-def test_the_only_one_is_waited_for_however_slow() -> None:
-    """Or a fast node would run on alone to the end of its rounds."""
+@pytest.mark.parametrize("hung_up", [True, False])
+def test_the_only_one_is_waited_for_however_slow(hung_up: bool) -> None:
+    """Or a fast node would run on alone to the end of its rounds. Who said goodbye is no company."""
     node = collecting(round=1, patience=5.0)
     node.handle(Received("a", Goodbye(1, "leaving")), 0.0)
-    node.handle(LinkDown("a"), 0.0)
+    if hung_up:
+        node.handle(LinkDown("a"), 0.0)
     node.handle(Tick(), 5.0)
     for r in range(2, 6):
         node.handle(computed(r), 5.0 * r)
