@@ -7,6 +7,7 @@ gone, however it ended, the pair breaks and the child ends at once. No node take
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import selectors
@@ -155,12 +156,14 @@ def up(
         theirs.close()
         return Child(names[index], pid, ours, epoch=epoch, suffered=suffered)
 
+    gc.freeze()  # or the first full collection of each child would touch, and so copy, all that they share
     try:
         for index in range(len(names)):
             children.append(start(index, 1, 0))
         with _Interrupts() as interrupts:
             _supervise(children, observe, interrupts, start)
     finally:
+        gc.unfreeze()
         _end_all(children)
         for child in children:
             forget(run.node(child.name).control)  # of those who were killed
