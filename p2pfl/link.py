@@ -76,6 +76,7 @@ KEEPALIVE_MS = 2_000  # between two pings of libzmq on an idle connection
 KEEPALIVE_TIMEOUT_MS = 6_000  # without an answer libzmq closes the connection and dials again
 RECONNECT_MS = 50  # first attempt after a broken connection …
 RECONNECT_MAX_MS = 2_000  # … doubling up to this
+MAX_WAITING = 2  # updates for one peer, beside the one that is being sent
 QUEUE = 64  # messages in a socket's queue, each way and peer; bulk is bounded far lower, by credit
 SOCKETS = 16_384  # of ZeroMQ in this process; a peer that is dialled takes six, monitors and their inner ends included
 BATCH = 256  # messages read from one socket before the others get their turn
@@ -184,7 +185,9 @@ class _Peer:
     accepted: _Path = field(default_factory=_Path)
     path: _Path | None = None  # the one in use: it stays while it lives, so that messages keep their order
     sending: _Outgoing | None = None
-    waiting: Sealed | None = None  # the newest update that waits for the one being sent
+    # The newest updates that wait for the one being sent. Two: one can be a round ahead of the word that its last
+    # update has arrived, and a neighbour that keeps in step needs each of them.
+    waiting: deque[Sealed] = field(default_factory=lambda: deque(maxlen=MAX_WAITING))
     left: bool = False  # it said goodbye
     interrupted_at: float = -math.inf  # when its link broke, while it may still have wanted something from us
     incoming: Opening | None = None
@@ -366,8 +369,9 @@ class Link:
             if frames is not None:
                 self._transmit(peer.path.control, *frames)
             elif isinstance(message, Update) and isinstance(message.vector, Sealed):
-                if peer.sending is None or peer.sending.sealed is not message.vector:
-                    peer.waiting = message.vector
+                under_way = () if peer.sending is None else (peer.sending.sealed,)
+                if not any(sealed is message.vector for sealed in (*under_way, *peer.waiting)):
+                    peer.waiting.append(message.vector)
                 self._pump(peer)
 
     def _signed(self, gossip: Gossip) -> Gossip:
@@ -428,7 +432,7 @@ class Link:
     def idle(self) -> bool:
         """Whether every update has arrived at every peer that is there."""
         return all(
-            peer.path is None or (peer.sending is None and peer.waiting is None) for peer in self._peers.values()
+            peer.path is None or (peer.sending is None and not peer.waiting) for peer in self._peers.values()
         )
 
     @property
@@ -850,9 +854,10 @@ class Link:
             peer.answered = Refused(peer.dropped, INTERRUPTED)
             if peer.incoming.next > WINDOW:  # else there is nothing to gain
                 peer.partial, peer.partial_until = peer.incoming, time.monotonic() + PARTIAL
-        if peer.sending is not None or peer.waiting is not None or not peer.left:
+        if peer.sending is not None or peer.waiting or not peer.left:
             peer.interrupted_at = time.monotonic()
-        peer.path = peer.sending = peer.waiting = peer.incoming = peer.owed = None
+        peer.path = peer.sending = peer.incoming = peer.owed = None
+        peer.waiting.clear()
         self._events.append(LinkDown(peer.name, why))
 
     # -- What comes in -----------------------------------------------------------------------------------------------
@@ -938,7 +943,8 @@ class Link:
             case Refused(round, code):
                 if peer.sending is not None and peer.sending.sealed.round == round:
                     if code == INTERRUPTED:
-                        peer.waiting = peer.waiting or peer.sending.sealed
+                        if len(peer.waiting) < MAX_WAITING:
+                            peer.waiting.appendleft(peer.sending.sealed)
                     peer.sending = None
             case Offer():
                 self._offer(peer, message)
@@ -1073,7 +1079,7 @@ class Link:
         """Send as many chunks as the peer has granted, and offer the next update once it has all of this one."""
         while peer.path is not None:
             if peer.sending is None:
-                sealed, peer.waiting = peer.waiting, None
+                sealed = peer.waiting.popleft() if peer.waiting else None
                 if sealed is None or not self._transmit(peer.path.bulk, *encode(sealed.offer)):
                     return  # dropped; the node goes by what does not come back
                 peer.sending = _Outgoing(sealed, granted=min(WINDOW, sealed.chunks))
@@ -1081,7 +1087,8 @@ class Link:
             while outgoing.next < min(outgoing.granted, sealed.chunks):
                 chunk = Chunk(sealed.round, outgoing.next, sealed.chunk(outgoing.next))
                 if not self._transmit(peer.path.bulk, *encode(chunk)):
-                    peer.sending = peer.waiting = None
+                    peer.sending = None
+                    peer.waiting.clear()
                     return
                 outgoing.next += 1
             if outgoing.granted <= sealed.chunks:

@@ -215,16 +215,21 @@ def _be_node(
     name = identity.name
     faults = deque(experiment.faults_for(name)[suffered:])
 
+    def say(message: Line) -> None:
+        if not _say(pipe, message):
+            forget(run.node(name).control)
+            os._exit(1)
+
     def before_round(round: int) -> None:
         if not faults or round < faults[0].round:
             return
         fault = faults.popleft()
-        _say(pipe, {"kind": fault.kind, "seconds": fault.lasting})
+        say({"kind": fault.kind, "seconds": fault.lasting})
         # From within, so that it is that round and no later one.
         os.kill(os.getpid(), signal.SIGSTOP if fault.kind == "pause" else signal.SIGKILL)
 
     def observe(line: Line) -> None:
-        _say(pipe, {"kind": "line", "line": line})
+        say({"kind": "line", "line": line})
 
     port = experiment.network.base_port
     runtime = assemble(
@@ -242,7 +247,7 @@ def _be_node(
         observe=observe,
         before_round=before_round,
     )
-    _say(pipe, {"kind": "address", "address": runtime.link.address})
+    say({"kind": "address", "address": runtime.link.address})
     addresses = json.loads(_hear(pipe))
     runtime.address_book.update({other: address for other, address in addresses.items() if address})
     for neighbour in sorted(graph.union()[name]):
@@ -254,15 +259,17 @@ def _be_node(
     finished = runtime.run(lifeline=pipe.fileno())
     rejected: Line = dict(runtime.node.conduct.counts)
     traffic: Line = {"sent": runtime.link.bytes_sent, "received": runtime.link.bytes_received}
-    _say(pipe, {"kind": "outcome", "finished": finished, "rejected": rejected, "bytes": traffic})
+    say({"kind": "outcome", "finished": finished, "rejected": rejected, "bytes": traffic})
     return 0 if finished else 1
 
 
-def _say(pipe: socket.socket, message: Line) -> None:
+def _say(pipe: socket.socket, message: Line) -> bool:
+    """Report to the parent; False if it is gone."""
     try:
         pipe.sendall(json.dumps(message).encode() + b"\n")
     except OSError:
-        os._exit(1)  # the parent is gone
+        return False
+    return True
 
 
 def _hear(pipe: socket.socket) -> bytes:

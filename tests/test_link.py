@@ -147,7 +147,8 @@ def test_no_more_than_a_window_is_under_way_to_who_does_not_open_it() -> None:
         assert [m.index for m in got + bob.hear("bulk")] == list(range(WINDOW, 2 * WINDOW))
 
 
-def test_the_newest_update_waits_while_an_older_one_is_under_way() -> None:
+def test_the_two_newest_updates_wait_while_an_older_one_is_under_way() -> None:
+    """A peer that keeps in step needs both: the word that an update came can be late, when the next but one is due."""
     with parties(TWO, size=64, only=("alice",)) as p, slow(p["alice"]) as bob:
         alice = p["alice"]
         for round in range(5):
@@ -157,6 +158,8 @@ def test_the_newest_update_waits_while_an_older_one_is_under_way() -> None:
         assert [type(m) for m in first] == [Offer, Chunk] and not bob.hear("bulk")
         assert not alice.link.idle
         bob.say("control", Grant(0, 2))
+        assert collect(bob, alice, lambda m: isinstance(m, Chunk))[-1].round == 3
+        bob.say("control", Grant(3, 2))
         assert collect(bob, alice, lambda m: isinstance(m, Chunk))[-1].round == 4
         bob.say("control", Grant(3, 2), Refused(2, "stale"))  # of updates that are not under way: nothing
         settle(alice)

@@ -122,8 +122,8 @@ FAULTS: dict[str, Callable[[int, str, int], Tamperer]] = {
 }
 
 
-@pytest.mark.parametrize("direction", ["there", "back"])
-@pytest.mark.parametrize("offset", [20, 300, 700])  # in the greeting, in the handshake, in the first messages
+# In the greeting, in the handshake, in the first messages.
+@pytest.mark.parametrize(("offset", "direction"), [(20, "there"), (300, "back"), (700, "there"), (700, "back")])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_the_wire_does_changes_no_model(
     undisturbed: tuple[Path, bytes, list[bytes]], tmp_path: Path, fault: str, offset: int, direction: str
@@ -131,8 +131,7 @@ def test_what_the_wire_does_changes_no_model(
     disturb(undisturbed[0], tmp_path, FAULTS[fault], [(0, offset), (1, offset)], direction)
 
 
-@pytest.mark.parametrize("direction", ["there", "back"])
-@pytest.mark.parametrize("offset", [3_000, 9_000])  # in an early update, in a later one
+@pytest.mark.parametrize(("offset", "direction"), [(3_000, "there"), (9_000, "back")])  # in an early update, a later one
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_the_wire_does_to_an_update_changes_no_model_and_is_told(
     undisturbed: tuple[Path, bytes, list[bytes]], tmp_path: Path, fault: str, offset: int, direction: str
