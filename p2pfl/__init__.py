@@ -2,10 +2,11 @@
 
 A module imports only modules before it in this list (`tests/test_layers.py` checks it):
 
-    values    messages · config · rng
-    logic     weights · conduct · membership · node · topology · mixing
-    logic     wire · identity · envelope · records · analysis
-    edges     data · models · learner · checkpoint · link · control
+    values    messages · composition · config · rng
+    logic     weights · conduct · membership · node · topology
+    logic     mixing · rules · attacks · compression
+    logic     wire · identity · envelope · replicas · records · analysis
+    edges     data · models · learner · trainer · checkpoint · link · control
     drivers   runtime · swarm · sim
     surface   plots · report · export · progress · status · cli
 

@@ -15,6 +15,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from p2pfl.composition import ROBUST, Parts, contradiction
 from p2pfl.messages import BadInput, check_name
 
 if sys.version_info >= (3, 11):
@@ -52,6 +53,8 @@ STATIC_GRAPHS = (
     *("tree", "caveman", "dumbbell", "empty"),
 )
 VARYING_GRAPHS = ("one-peer-exponential", "one-peer-hypercube", "base-k", "random-matching", "epidemic")
+PERIODIC_GRAPHS = ("one-peer-exponential", "one-peer-hypercube", "base-k")
+DIRECTED_GRAPHS = ("exponential-directed", "one-peer-exponential", "epidemic")
 GRAPHS = (*STATIC_GRAPHS, *VARYING_GRAPHS)
 PEERS = "peers"  # the graph of a node that was only told its neighbours
 ALTERNATIVES = (  # of which a file gives one, and a setting another instead of it
@@ -69,7 +72,7 @@ FAULTS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # kind → ke
     "slow": (("seconds", "factor"), ()),
     "disk-full": (("seconds",), ()),
     "clock-jump": (("by",), ()),
-    "lie": (("seconds", "about"), ()),
+    "lie": (("about",), ("seconds", "rounds", "strength")),
     "cut": (("seconds",), ("groups", "one_way")),
     "delay": (("seconds", "delay"), ("to", "jitter")),
     "loss": ((), ("to",)),
@@ -79,10 +82,14 @@ FAULT_KEYS = {  # those that some kind needs
     "seconds": "for how long",
     "factor": "how many times as long it computes",
     "by": "how many seconds",
-    "about": "which is mass, reach, round, heartbeat, goodbye or deaths",
+    "about": "what it says that is not so, for example negate",
     "delay": "how many seconds",
 }
 PROCESS_FAULTS = ("kill", "restart", "pause")  # what can be done to real processes
+MessageLie = Literal["mass", "reach", "round", "heartbeat", "goodbye", "deaths"]
+MESSAGE_LIES: tuple[MessageLie, ...] = get_args(MessageLie)
+LABEL_FLIP = "label-flip"
+VECTOR_LIES = ("negate", "noise", "scale", "alie", "ipm", "dissensus", "nan", LABEL_FLIP)  # see `attacks`
 
 
 class Section(BaseModel):
@@ -184,9 +191,11 @@ class TrainSection(Section):
     lr: float = Field(0.1, gt=0)
     momentum: float = Field(0.0, ge=0, lt=1)  # sgd only
     weight_decay: float = Field(0.0, ge=0)
+    proximal: float = Field(0.0, ge=0)  # µ of FedProx: how strongly local steps are drawn back to where they began
     schedule: Literal["constant", "cosine", "step"] = "constant"  # of the learning rate, over the rounds
     step_every: int = Field(10, ge=1)  # step: rounds between two drops
     step_factor: float = Field(0.5, gt=0, le=1)  # step: what a drop multiplies the rate with
+    evaluate_every: int = Field(1, ge=1)  # rounds between two looks at the test rows; the last one has one anyway
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps: each node's own affair
     checkpoint_every: int = Field(25, ge=1)  # rounds between two checkpoints
 
@@ -199,18 +208,47 @@ class TrainSection(Section):
         return self
 
 
-class MixSection(Section):
-    """How contributions become one vector. This version averages; the keys of the other rules hold their defaults."""
+Momentum = Literal["none", "quasi-global"]
+Correction = Literal["none", "led", "gradient-tracking", "k-gt"]
+Outer = Literal["none", "nesterov"]
+Compressor = Literal["none", "fp16", "bf16", "int8", "top-k", "random-k", "sign"]
+RULE_NAMES = ("mean", *ROBUST)
+MAX_TOLERATED = 1000  # neighbours: no node has more links than that
 
-    rule: Literal["mean"] = "mean"
-    nnm: Literal[False] = False
-    tolerate: Literal[0] = 0
-    momentum: Literal["none"] = "none"
-    beta: float = Field(0.9, ge=0, lt=1)
-    correction: Literal["none"] = "none"
-    compress: Literal["none"] = "none"
-    schedule: Literal["sync"] = "sync"
-    two_way: bool = False  # an edge counts in a round only if both ends know that the other has its update
+
+class MixSection(Section):
+    """How the neighbours' vectors and the own one become one. What fits what stands in `composition.py`."""
+
+    rule: str = "mean"  # mean | clip | trimmed-mean | median | geometric-median | krum | multi-krum | module:function
+    nnm: bool = False  # nearest-neighbour mixing before the rule
+    tolerate: int = Field(0, ge=0, le=MAX_TOLERATED)  # neighbours of each node that may be bad
+    radius: float | None = Field(None, gt=0)  # clip: L2 distance; from `tolerate`, if not given
+    momentum: Momentum | None = None  # quasi-global where it fits: it costs no byte, and helps wherever rows differ
+    beta: float = Field(0.9, ge=0, lt=1)  # of the quasi-global momentum; Lin et al. 2021
+    correction: Correction = "none"  # of the drift of unequal rows
+    leak: float = Field(0.0, ge=0, lt=1)  # the part of a correction that is forgotten in a round
+    outer: Outer = "none"  # optimizer of what the local steps together have done
+    outer_lr: float = Field(0.7, gt=0)  # DiLoCo's; with 1, and outer_beta 0, it is plain averaging
+    outer_beta: float = Field(0.9, ge=0, lt=1)
+    compress: Compressor = "none"  # of what is sent; int8 costs a quarter of the bytes and no measurable accuracy
+    fraction: float = Field(0.1, gt=0, le=1)  # top-k and random-k: of the values that are sent
+    gamma: float | None = Field(None, gt=0, le=1)  # step towards compressed neighbours; one that fits, if not given
+    schedule: Literal["sync", "pairwise", "gossip", "push-sum"] = "sync"
+    share: str | tuple[str, ...] = "*"  # names of tensors, with * and ?; the others stay each node's own
+    norms: Literal["shared", "own"] = "shared"  # normalisation layers; own: as FedBN, where inputs differ in scale
+    two_way: bool | None = None  # an edge counts in a round only if both ends know that the other has its update
+
+    @field_validator("rule")
+    @classmethod
+    def _rule(cls, rule: str) -> str:
+        if rule not in RULE_NAMES and ":" not in rule:
+            raise ValueError(f"rule = {rule!r} is not known{did_you_mean(rule, [*RULE_NAMES, 'module:function'])}")
+        return rule
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The patterns of what is shared."""
+        return (self.share,) if isinstance(self.share, str) else self.share
 
 
 class NetworkSection(Section):
@@ -258,7 +296,14 @@ class Fault(Section):
     jitter: float | None = Field(None, ge=0)  # seconds
     factor: float | None = Field(None, gt=0)
     by: float | None = None  # seconds
-    about: Literal["mass", "reach", "round", "heartbeat", "goodbye", "deaths"] | None = None
+    about: (
+        MessageLie  # for `seconds`
+        # what it learnt: for `rounds`, with `strength`
+        | Literal["negate", "noise", "scale", "alie", "ipm", "dissensus", "nan", "label-flip"]
+        | None
+    ) = None
+    rounds: int | None = Field(None, ge=1)  # lie: for how many, from `round` on; to the end if nothing is said
+    strength: float | None = None  # lie: the one that `attacks` gives it, if nothing is said
 
     @property
     def lasting(self) -> float:
@@ -282,6 +327,17 @@ class Fault(Section):
             if key not in (*needed, *optional):
                 known = ", ".join(("kind", "node", "round", *needed, *optional))
                 raise ValueError(f"a fault of kind {self.kind!r} has no key {key}; it takes {known}")
+        if self.kind == "lie":
+            other, what = (
+                (("seconds",), "rounds and strength")
+                if self.about in VECTOR_LIES
+                else (("rounds", "strength"), "seconds")
+            )
+            for key in other:
+                if key in given:
+                    raise ValueError(f"a lie about {self.about!r} has no key {key}; it takes {what}")
+            if self.about not in VECTOR_LIES and self.seconds is None:
+                raise ValueError(f"a lie about {self.about!r} needs seconds, {FAULT_KEYS['seconds']}")
         named = [node for group in self.groups or () for node in group]
         if self.groups is not None and (not all(self.groups) or len(self.groups) < 2 or len(set(named)) < len(named)):
             raise ValueError("groups: name two or more, like [[0, 1], [2, 3]], and each node once")
@@ -303,7 +359,7 @@ class Experiment(Section):
     def agreement(self) -> dict[str, str]:
         """What all members must have alike, key by key: everything but data, network, faults and the device."""
         tree = self.model_dump(mode="json", include={"seed", "topology", "model", "train", "mix"})
-        for key in ("device", "checkpoint_every"):
+        for key in ("device", "checkpoint_every", "evaluate_every"):
             del tree["train"][key]
         tree["topology"]["weights"] = self.topology.weighting
         if self.topology.file is not None:
@@ -325,14 +381,74 @@ class Experiment(Section):
         """Whether a fault is meant to end this node for good."""
         return any(fault.kind == "kill" for fault in self.faults_for(name))
 
+    @property
+    def momentum(self) -> Momentum:
+        """The momentum of the network that holds: quasi-global, wherever it fits and nothing else is asked for."""
+        if self.mix.momentum is not None:
+            return self.mix.momentum
+        plain_steps = self.train.optimizer == "sgd" and not self.train.momentum and self.train.local_steps != 0
+        taken = self.mix.correction != "none" or self.mix.outer != "none" or self.topology.weighting in PUSH_SUM
+        return "quasi-global" if plain_steps and not taken else "none"
+
+    @property
+    def two_way(self) -> bool:
+        """Whether an edge counts in a round only if both ends know that the other has its update."""
+        return self.mix.correction != "none" if self.mix.two_way is None else self.mix.two_way
+
+    @property
+    def starts_alike(self) -> bool:
+        """Whether all nodes' first parameters are the same."""
+        own = self.model.start == "own" or (self.model.start is None and self.train.local_steps == 0)
+        return not own
+
+    def _weights_for_the_rule(self) -> Weights | None:
+        """The weights that this rule is meant for, if none are given."""
+        if self.mix.schedule == "push-sum":
+            return "push-sum"
+        if self.mix.correction != "none" and self.topology.graph not in VARYING_GRAPHS:
+            return "lazy"
+        return None
+
+    def _parts(self) -> Parts:
+        topology, train, mix = self.topology, self.train, self.mix
+        return Parts(
+            graph=topology.graph,
+            varies=topology.graph in VARYING_GRAPHS,
+            periodic=topology.graph in PERIODIC_GRAPHS,
+            directed=topology.graph in DIRECTED_GRAPHS,
+            heals=topology.heal and topology.is_drawn,
+            weights=topology.weighting,
+            by_rows=topology.weighting in BY_ROWS,
+            push_sum=topology.weighting in PUSH_SUM,
+            local_steps=train.local_steps,
+            optimizer=train.optimizer,
+            local_momentum=train.momentum,
+            rule=mix.rule,
+            nnm=mix.nnm,
+            tolerate=mix.tolerate,
+            radius=mix.radius,
+            momentum=self.momentum,
+            correction=mix.correction,
+            leak=mix.leak,
+            two_way=self.two_way,
+            outer=mix.outer,
+            compress=mix.compress,
+            schedule=mix.schedule,
+            staleness=float(self.network.staleness),
+        )
+
     @model_validator(mode="after")
     def _across_sections(self) -> Experiment:
         names = self.topology.names
         for node in (node for fault in self.faults for node in fault.nodes):
             if not (0 <= node < len(names) if isinstance(node, int) else node in names):
                 raise ValueError(f"faults: there is no node {node!r}; the nodes are {', '.join(names[:8])}")
+        if self.topology.weights is None and (weights := self._weights_for_the_rule()):
+            object.__setattr__(self, "topology", self.topology.model_copy(update={"weights": weights}))
         topology = self.topology
-        apart = topology.graph in VARYING_GRAPHS or topology.weighting in PUSH_SUM or self.mix.two_way
+        if (wrong := contradiction(self._parts())) is not None:
+            raise ValueError(wrong)
+        apart = topology.graph in VARYING_GRAPHS or topology.weighting in PUSH_SUM or self.two_way
         if self.network.staleness != 0 and apart:
             raise ValueError(
                 "network.staleness must be 0 with a graph that changes from round to round, with push-sum and with "

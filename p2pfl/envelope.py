@@ -17,7 +17,9 @@ import math
 import secrets
 import weakref
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Final
 
 from blake3 import blake3
@@ -32,7 +34,9 @@ SIGNING_CONTEXT: Final = b"p2pfl manifest 1"
 RECORD_CONTEXT: Final = b"p2pfl member 1"
 KEY_CONTEXT: Final = "p2pfl 2026 envelope key commitment"  # BLAKE3 key derivation wants a unique sentence
 KEY_BYTES: Final = 32
-CODEC: Final = "float32"
+NOTHING: Final[Mapping[str, int]] = MappingProxyType({})
+WHOLE: Final = "float32"  # the codec of a vector that stands for itself; the others are named in the experiment
+NO_BASE: Final = -1  # it continues nothing, or the first parameters, which all members know
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,8 @@ class Manifest:
     round: int
     schema: bytes  # digest of names, dtypes and shapes
     codec: str
-    size: int  # bytes of the opened vector
+    base: int  # the round of the update that this one continues: it says by how much that one has changed
+    size: int  # bytes of the opened vector, as the codec writes it
     mass: float  # the signer's weight in the mean
     reach: float  # sum of the masses in the signer's closed neighbourhood in this round
     sealed: bytes  # BLAKE3 of the sealed chunks, one after the other
@@ -70,7 +75,8 @@ _CHECKS = {
     "epoch": lambda v: type(v) is int and 1 <= v <= MAX_EPOCH,
     "round": lambda v: type(v) is int and 0 <= v <= MAX_ROUND,
     "schema": _is_bytes,
-    "codec": lambda v: v == CODEC,
+    "codec": lambda v: type(v) is str,
+    "base": lambda v: type(v) is int and NO_BASE <= v <= MAX_ROUND,
     "size": lambda v: type(v) is int and v > 0,
     "mass": _is_weight,
     "reach": _is_weight,
@@ -84,12 +90,16 @@ _CHECKS = {
 
 
 class Lease:
-    """A buffer that somebody holds: `view` is writable. It goes back to its pool when the last holder drops it."""
+    """A buffer that somebody holds: `view` is writable. It goes back to its pool when the last holder drops it.
 
-    __slots__ = ("__weakref__", "view")
+    Of an opened update `manifest` says what the first `manifest.size` bytes of it are.
+    """
+
+    __slots__ = ("__weakref__", "manifest", "view")
 
     def __init__(self, view: memoryview) -> None:
         self.view = view
+        self.manifest: Manifest | None = None
 
 
 class Buffers:
@@ -137,38 +147,46 @@ class Sealed:
 
     round: int
     offer: Offer
-    lease: Lease  # of the sealed bytes
+    lease: Lease  # of the sealed bytes …
+    size: int  # … of which there are so many
 
     @property
     def chunks(self) -> int:
-        return -(-len(self.lease.view) // (CHUNK + TAG))
+        return -(-self.size // (CHUNK + TAG))
 
     def chunk(self, index: int) -> memoryview:
         """The sealed bytes of chunk `index`, at most CHUNK + TAG; valid as long as the lease is held."""
-        return self.lease.view[index * (CHUNK + TAG) : (index + 1) * (CHUNK + TAG)]
+        return self.lease.view[index * (CHUNK + TAG) : min((index + 1) * (CHUNK + TAG), self.size)]
 
 
 class Sealer:
     """Seals this member's updates, one after the other; keeps the chain of manifests and the buffers."""
 
-    def __init__(self, identity: Identity, federation: bytes, schema: bytes, size: int, epoch: int) -> None:
+    def __init__(
+        self, identity: Identity, federation: bytes, schema: bytes, size: int, epoch: int, packed: int = 0
+    ) -> None:
+        """`size`: bytes of a whole vector; `packed`: of one as the experiment's codec writes it, if it has one."""
         self._identity = identity
         self._federation = federation
         self._schema = schema
         self._size = size
+        self._packed = packed
         self._epoch = epoch
-        self._buffers = Buffers(sealed_size(size))
+        self._buffers = Buffers(sealed_size(max(size, packed)))
         self._previous = bytes(32)
 
-    def seal(self, vector: memoryview, round: int, mass: float, reach: float) -> Sealed:
-        """Seal and sign `vector` (float32 as `size` bytes) as the update of this round."""
+    def seal(
+        self, vector: memoryview, round: int, mass: float, reach: float, codec: str = WHOLE, base: int = NO_BASE
+    ) -> Sealed:
+        """Seal and sign `vector` (float32 as `size` bytes, or as the codec writes it) as the update of this round."""
         vector = vector.cast("B")
-        if len(vector) != self._size:
-            raise ValueError(f"a vector of {len(vector)} bytes where the schema says {self._size}")
+        size = self._size if codec == WHOLE else self._packed
+        if len(vector) != size:
+            raise ValueError(f"a vector of {len(vector)} bytes where {size} are expected of {codec}")
         key = secrets.token_bytes(KEY_BYTES)
         cipher, digest = AESGCM(key), blake3()
         lease = self._buffers.take()
-        last = chunk_count(self._size) - 1
+        last = chunk_count(size) - 1
         for index in range(last + 1):
             plain = vector[index * CHUNK : (index + 1) * CHUNK]
             start = index * (CHUNK + TAG)
@@ -181,8 +199,9 @@ class Sealer:
             epoch=self._epoch,
             round=round,
             schema=self._schema,
-            codec=CODEC,
-            size=self._size,
+            codec=codec,
+            base=base,
+            size=size,
             mass=float(mass),
             reach=float(reach),
             sealed=digest.digest(),
@@ -191,7 +210,7 @@ class Sealer:
         ).encode()
         self._previous = blake3(manifest).digest()
         signature = self._identity.sign(SIGNING_CONTEXT, manifest)
-        return Sealed(round, Offer(manifest, signature, key), lease)
+        return Sealed(round, Offer(manifest, signature, key), lease, sealed_size(size))
 
 
 # -- What a member says of itself ------------------------------------------------------------------------------------
@@ -210,9 +229,12 @@ def record_holds(record: MemberRecord, card: Card, federation: bytes) -> bool:
 # -- Open ------------------------------------------------------------------------------------------------------------
 
 
-def verify(offer: Offer, card: Card, federation: bytes, schema: bytes, size: int) -> Manifest:
+def verify(
+    offer: Offer, card: Card, federation: bytes, schema: bytes, size: int, packed: Mapping[str, int] = NOTHING
+) -> Manifest:
     """The manifest of an offer made by the owner of `card`, with the sizes of our own schema; BadMessage if not.
 
+    `size`: bytes of a whole vector; `packed`: the other codecs that may come, and the bytes that each takes.
     The signature is checked over the bytes as they came; they are parsed after, and nothing is allocated for them.
     """
     if not card.verify(SIGNING_CONTEXT, offer.manifest, offer.signature):
@@ -224,8 +246,11 @@ def verify(offer: Offer, card: Card, federation: bytes, schema: bytes, size: int
         raise BadMessage("bad_signature", "the manifest names another signer than the peer that sent it")
     if manifest.federation != federation:
         raise BadMessage("bad_federation", "the update is of another federation")
-    if manifest.schema != schema or manifest.size != size:
-        raise BadMessage("bad_schema", f"an update of {manifest.size} bytes where the schema says {size}")
+    expected = size if manifest.codec == WHOLE else packed.get(manifest.codec)
+    if expected is None:
+        raise BadMessage("bad_schema", f"an update in a codec that this experiment has not: {manifest.codec[:20]!r}")
+    if manifest.schema != schema or manifest.size != expected:
+        raise BadMessage("bad_schema", f"an update of {manifest.size} bytes where the schema says {expected}")
     if manifest.commitment != _commitment(offer.key):
         raise BadMessage("bad_key", "the key is not the one that the manifest commits to")
     return manifest
@@ -267,4 +292,5 @@ class Opening:
             raise BadMessage("bad_chunk", f"{self.next} of {self.chunks} chunks came")
         if self._digest.digest() != self.manifest.sealed:
             raise BadMessage("bad_digest", "the sealed bytes are not those that were signed")
+        self.lease.manifest = self.manifest
         return self.lease

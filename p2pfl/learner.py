@@ -8,7 +8,7 @@ restore. This file never touches the network, the clock or a file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -28,6 +28,10 @@ ADAM_BETAS = (0.9, 0.999)  # arXiv 1412.6980, and torch's defaults
 ADAM_EPSILON = 1e-8
 
 
+Steer = Callable[[Tensor, Tensor], None]  # (gradient, values), both (P,): turns the one into a direction, in place
+Relabel = Callable[[Tensor, int], Tensor]  # (class numbers (rows,), how many classes there are) → others
+
+
 class Learner(Protocol):
     """What the rest of the program knows of learning."""
 
@@ -43,8 +47,22 @@ class Learner(Protocol):
     def vector(self) -> Tensor:
         """The live parameters, flat float32 (P,): whoever writes into it changes the model."""
 
-    def train(self, round: int) -> float:
-        """One round of local training; the mean loss over its rows. TrainingFailed if that is not finite."""
+    @property
+    def norms(self) -> frozenset[str]:
+        """The names, in the schema, of what belongs to normalisation layers."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in a round."""
+
+    def rate(self, round: int) -> float:
+        """The learning rate of this round."""
+
+    def train(self, round: int, steer: Steer | None = None, relabel: Relabel | None = None) -> float:
+        """One round of local training; the mean loss over its rows. TrainingFailed if that is not finite.
+
+        `steer` is called before each step; `relabel` makes the answers wrong that are learnt.
+        """
 
     def evaluate(self) -> Scores:
         """The model on the own test rows: "loss" and "accuracy" in [0, 1], or "loss" and "rmse"."""
@@ -63,8 +81,7 @@ def make_learner(experiment: Experiment, part: Part, name: str) -> TorchLearner:
     """The learner of the node `name`: the experiment's model on the node's part of the data."""
     outputs = len(part.train.classes) or 1
     shape = tuple(part.train.inputs.shape[1:])
-    own_start = experiment.model.start == "own" or (not experiment.model.start and experiment.train.local_steps == 0)
-    seed = torch_seed(experiment.seed, "start", name) if own_start else experiment.seed
+    seed = experiment.seed if experiment.starts_alike else torch_seed(experiment.seed, "start", name)
     module = build(experiment.model, shape, outputs, seed)
     device = pick_device(experiment.train.device)
     return TorchLearner(module, part, experiment.train, seed=experiment.seed, name=name, device=device)
@@ -90,6 +107,16 @@ def learning_rate(section: TrainSection, round: int) -> float:
             return section.lr * 0.5 * (1 + math.cos(math.pi * min(round / section.rounds, 1)))
         case "step":
             return section.lr * section.step_factor ** (round // section.step_every)
+
+
+def count_steps(rows: int, section: TrainSection) -> int:
+    """How many batches `batches` gives."""
+    full, rest = divmod(rows, section.batch_size)
+    alone = rest == 1 < section.batch_size and full > 0
+    pieces = full + (1 if rest and not alone else 0)
+    if section.local_steps is not None:
+        return section.local_steps
+    return pieces * (section.local_epochs or 1)
 
 
 def batches(rows: int, section: TrainSection, number: int) -> Iterator[Tensor]:
@@ -142,11 +169,15 @@ def optimizer_memory(section: TrainSection, values: Tensor) -> dict[str, Tensor]
     }
 
 
+def decay(stretch: Stretch, section: TrainSection) -> None:
+    """g ← g + weight_decay·x; of adamw it is no part of the gradient."""
+    if section.weight_decay and section.optimizer != "adamw":
+        stretch.grads.add_(stretch.values, alpha=section.weight_decay)
+
+
 def sgd_step(stretch: Stretch, section: TrainSection, lr: float) -> None:
-    """g ← g + weight_decay·x;  m ← momentum·m + g;  x ← x − lr·m.  The gradient is used up."""
+    """m ← momentum·m + g;  x ← x − lr·m.  The gradient is used up."""
     step = stretch.grads
-    if section.weight_decay:
-        step.add_(stretch.values, alpha=section.weight_decay)
     if section.momentum:
         step = stretch.memory["momentum"].mul_(section.momentum).add_(step)
     stretch.values.add_(step, alpha=-lr)
@@ -155,15 +186,13 @@ def sgd_step(stretch: Stretch, section: TrainSection, lr: float) -> None:
 def adam_step(stretch: Stretch, section: TrainSection, lr: float) -> None:
     """m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  x ← x − lr·m̂ / (√v̂ + ε), the hats dividing by 1 − βᵗ.
 
-    Weight decay is added to the gradient (adam) or taken off x before (adamw). The gradient is used up.
+    The weight decay of adamw is taken off x before. The gradient is used up.
     """
     values, grads = stretch.values, stretch.grads
     mean, square, steps = stretch.memory["mean"], stretch.memory["square"], stretch.memory["steps"]
     beta1, beta2 = ADAM_BETAS
     if section.weight_decay and section.optimizer == "adamw":
         values.mul_(1 - lr * section.weight_decay)
-    elif section.weight_decay:
-        grads.add_(values, alpha=section.weight_decay)
     step = int(steps.add_(1))
     mean.lerp_(grads, 1 - beta1)
     square.mul_(beta2).addcmul_(grads, grads, value=1 - beta2)
@@ -204,6 +233,7 @@ class TorchLearner:
         tensors = module.state_dict(keep_vars=True)
         self._first = first_names(tensors)  # of each floating tensor in the state_dict; tied ones share one
         floating = {name: tensors[name] for name in sorted(set(self._first.values()))}
+        self.norms = frozenset(name for name in norm_tensors(module) if name in floating)
         self.schema = Schema(tuple(TensorSpec(name, "float32", tuple(t.shape)) for name, t in floating.items()))
         self.vector = torch.empty(self.schema.size, device=self._device)
         self._grads = torch.zeros_like(self.vector)
@@ -218,7 +248,8 @@ class TorchLearner:
         self._step = sgd_step if section.optimizer == "sgd" else adam_step
 
         self._train = part.train.inputs.to(self._device), part.train.targets.to(self._device)
-        self._classifies = bool(part.train.classes)
+        self._classes = len(part.train.classes)
+        self._classifies = self._classes > 0
         test = part.test.inputs.to(self._device), part.test.targets.to(self._device)
         self._test_rows = len(part.test)
         self._test = list(
@@ -241,10 +272,21 @@ class TorchLearner:
         runs = [(self.vector[start:end], self._grads[start:end]) for start, end in bounds]
         return [Stretch(values, grads, optimizer_memory(self.section, values)) for values, grads in runs]
 
-    def train(self, round: int) -> float:
+    @property
+    def steps(self) -> int:
+        """See `Learner.steps`."""
+        return count_steps(self.samples, self.section)
+
+    def rate(self, round: int) -> float:
+        """See `Learner.rate`."""
+        return learning_rate(self.section, round)
+
+    def train(self, round: int, steer: Steer | None = None, relabel: Relabel | None = None) -> float:
         """One round of local training; see `Learner.train`."""
         inputs, targets = self._train
-        lr = learning_rate(self.section, round)
+        if relabel is not None:
+            targets = relabel(targets, self._classes)
+        lr = self.rate(round)
         order = torch_seed(self._seed, "batches", self._name, round)
         losses: list[tuple[Tensor, int]] = []
         self.module.train()
@@ -254,6 +296,10 @@ class TorchLearner:
                 self._grads.zero_()
                 loss = self._loss(self.module(inputs.index_select(0, rows)), targets.index_select(0, rows), "mean")
                 loss.backward()  # type: ignore[no-untyped-call]
+                for stretch in self._stretches:
+                    decay(stretch, self.section)
+                if steer is not None:
+                    steer(self._grads, self.vector)
                 for stretch in self._stretches:
                     self._step(stretch, self.section, lr)
                 losses.append((loss.detach(), len(rows)))
@@ -379,6 +425,19 @@ def check_module(module: nn.Module, batch_rows: int) -> tuple[str, ...]:
             "where nodes' rows differ, GroupNorm is better"
         )
     return tuple(notes)
+
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def norm_tensors(module: nn.Module) -> set[str]:
+    """The names in the state_dict of what normalisation layers own: scales, shifts and running statistics."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, layer in module.named_modules()
+        if isinstance(layer, NORMS)
+        for name in layer.state_dict()
+    }
 
 
 def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:

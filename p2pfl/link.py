@@ -33,7 +33,7 @@ from typing import TypeAlias, get_args
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from p2pfl.envelope import Buffers, Opening, Sealed, record_holds, sign_record, verify
+from p2pfl.envelope import WHOLE, Buffers, Opening, Sealed, record_holds, sign_record, verify
 from p2pfl.identity import Identity, Member, Roster, fingerprint_of
 from p2pfl.messages import (
     PROTOCOL_VERSION,
@@ -100,6 +100,7 @@ TCP_BYTES_RECEIVED = 128  # offset of tcpi_bytes_received in Linux' struct tcp_i
 
 _Socket: TypeAlias = "zmq.Socket[bytes]"
 INTERRUPTED = "interrupted"  # code of an update that broke off: it may be offered again
+GAP = "gap"  # code of an update that continues one which is not there: a whole one is needed
 LAST_WORDS = ("bad_hello", "no_hello", "quarantined")  # mistakes after which a connection is closed
 
 
@@ -125,9 +126,11 @@ class Greeting:
 
     experiment: bytes  # digest
     schema: bytes  # digest
-    size: int  # bytes of the parameters
+    size: int  # bytes of a whole update
     mass: float
     facts: Mapping[str, str]  # what stands behind the two digests, in words
+    # The other codecs that updates may come in, and the bytes that each takes.
+    packed: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +203,7 @@ class _Peer:
     early: deque[Heartbeat | Goodbye | Gossip] = field(default_factory=lambda: deque(maxlen=EARLY))  # see EARLY
     dropped: int = -1  # round of the update that was refused last: chunks of it may still be under way
     seen: int = -1  # newest round whose update came whole
-    manifests: OrderedDict[int, Offer] = field(default_factory=OrderedDict)
+    manifests: OrderedDict[tuple[int, str], Offer] = field(default_factory=OrderedDict)  # by round and codec
 
     @property
     def name(self) -> str:
@@ -265,8 +268,13 @@ class Link:
         greeting: Greeting,
         check_offer: Callable[[str, int], None],
         listen: str | None = None,
+        has_base: Callable[[str, int], bool] = lambda _peer, _base: True,
     ) -> None:
-        """Listen at `listen` (an endpoint; port 0: a free one; None: only dial out). BadInput if that cannot be."""
+        """Listen at `listen` (an endpoint; port 0: a free one; None: only dial out). BadInput if that cannot be.
+
+        `check_offer` raises BadMessage for an update that is not wanted from this peer, by its round; `has_base` says
+        whether the one is here that it continues.
+        """
         self.identity = identity
         self.epoch = epoch
         self.round = 0  # what a hello says that we work on; the driver keeps it up to date
@@ -276,7 +284,9 @@ class Link:
         self._greeting = greeting
         self._roster = roster
         self._check_offer = check_offer
-        self._buffers = Buffers(greeting.size)
+        self._has_base = has_base
+        self.lacking: set[str] = set()  # those who have said that they need a whole update
+        self._buffers = Buffers(max(greeting.size, *greeting.packed.values(), 0))
         self._peers: dict[str, _Peer] = {}
         self._dials: list[_Dial] = []
         self._connections: dict[tuple[_Socket, int], _Connection] = {}  # by our socket and its file descriptor
@@ -431,9 +441,7 @@ class Link:
     @property
     def idle(self) -> bool:
         """Whether every update has arrived at every peer that is there."""
-        return all(
-            peer.path is None or (peer.sending is None and not peer.waiting) for peer in self._peers.values()
-        )
+        return all(peer.path is None or (peer.sending is None and not peer.waiting) for peer in self._peers.values())
 
     @property
     def interrupted(self) -> bool:
@@ -941,10 +949,11 @@ class Link:
                 if peer.sending is not None and peer.sending.sealed.round == round:
                     peer.sending.skip_to(start)
             case Refused(round, code):
+                if code == GAP:
+                    self.lacking.add(peer.name)
                 if peer.sending is not None and peer.sending.sealed.round == round:
-                    if code == INTERRUPTED:
-                        if len(peer.waiting) < MAX_WAITING:
-                            peer.waiting.appendleft(peer.sending.sealed)
+                    if code == INTERRUPTED and len(peer.waiting) < MAX_WAITING:
+                        peer.waiting.appendleft(peer.sending.sealed)
                     peer.sending = None
             case Offer():
                 self._offer(peer, message)
@@ -979,8 +988,9 @@ class Link:
 
     def _offer(self, peer: _Peer, offer: Offer) -> None:
         greeting = self._greeting
-        manifest = verify(offer, peer.member.card, greeting.experiment, greeting.schema, greeting.size)
-        before = peer.manifests.get(manifest.round)
+        about = greeting.experiment, greeting.schema, greeting.size, greeting.packed
+        manifest = verify(offer, peer.member.card, *about)
+        before = peer.manifests.get((manifest.round, manifest.codec))
         try:
             if manifest.epoch != peer.epoch:
                 raise BadMessage("stale", f"an update of epoch {manifest.epoch}; this is epoch {peer.epoch}")
@@ -994,10 +1004,15 @@ class Link:
                 code = "stale" if before is None else "duplicate"
                 raise BadMessage(code, f"the update of round {manifest.round}, after that of round {peer.seen} came")
             self._check_offer(peer.name, manifest.round)
+            if manifest.codec != WHOLE and not self._has_base(peer.name, manifest.base):
+                self._drop_incoming(peer, manifest.round, GAP)
+                why = f"round {manifest.round} continues round {manifest.base}, which is not here"
+                self._events.append(Rejected(peer.name, GAP, why, round=manifest.round))
+                return
         except BadMessage as error:
             self._drop_incoming(peer, manifest.round, error.code)
             raise
-        peer.manifests[manifest.round] = offer
+        peer.manifests[manifest.round, manifest.codec] = offer
         while len(peer.manifests) > REMEMBERED_MANIFESTS:
             peer.manifests.popitem(last=False)
         partial, peer.partial = peer.partial, None

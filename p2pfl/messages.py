@@ -181,9 +181,10 @@ class Goodbye:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """Your update of this round is here, verified, and in time."""
+    """Your update of this round is here, verified, and in time; this is the graph that I mix it on."""
 
     round: int
+    view: int = 0  # as in a heartbeat
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,6 +352,9 @@ class Send:
     message: Message
 
 
+LAST = -1  # as the reference of a contribution
+
+
 @dataclass(frozen=True, slots=True)
 class Contribution:
     """A neighbour's vector and its weight in the mean; the rest of the weight stays with oneself."""
@@ -359,6 +363,9 @@ class Contribution:
     round: int
     weight: float
     vector: object
+    # What is taken off the vector first: the own one that was sent in this round, or (LAST) the one that came last from
+    # this peer; None: nothing.
+    reference: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,6 +378,11 @@ class Compute:
     reach: float  # goes into the signed manifest
     train: bool
     step: float = 1.0  # how much of what training does to the vector counts: push-sum divides it by the mass it holds
+    jump: bool = False  # the contributions stand in place of rounds that were missed: no rule learns from them
+    restart: bool = False  # members came or went: corrections begin anew
+    kept: float | None = None  # weight of the own vector; None: what the contributions leave of 1
+    portion: float = 0.0  # push-sum with running sums: mass that is handed to each of …
+    told: int = 0  # … so many neighbours, once it has trained, and that is kept
 
 
 @dataclass(frozen=True, slots=True)

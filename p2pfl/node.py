@@ -106,6 +106,7 @@ class Settings:
     drift: int = 1  # rounds that the graph lets two neighbours come apart: more than 1 if it changes between rounds
     weights: str = "metropolis"
     two_way: bool = False  # fold an update only once its sender confirmed ours of the same round
+    least: int = 1  # vectors, the own one included, below which there is nothing to be mixed
     mass: float = 1.0  # own weight in the mean
     held_mass: float | None = None  # after a resume: what push-sum had made of it
     equal_masses: bool = True  # whether everybody's mass must be 1
@@ -134,7 +135,8 @@ class Neighbour:
     offered: int = -1  # the newest round of which it began to send its update
     view: int = 0  # on which graph: a digest of those who live, as it sees it
     heard: int = -1  # the newest round of which its verified update came
-    confirmed: int = -1  # the newest round of which it said that our update came
+    confirmed: int = -1  # the newest round of which it said that our update came …
+    confirmed_view: int = 0  # … and on which graph it folds that
     updates: dict[int, Update] = field(default_factory=dict)  # verified, not yet folded
     last_sign: float = 0.0  # when anything valid came
     down_since: float = 0.0  # when its link broke
@@ -385,8 +387,8 @@ class Node:
                             self.neighbours[peer].view = view
                     case Gossip(records, hints):
                         self._gossip(peer, records, hints)
-                    case Receipt(round):
-                        self._receipt(peer, round)
+                    case Receipt(round, view):
+                        self._receipt(peer, round, view)
                     case Goodbye(round, reason):
                         self._goodbye(peer, round, reason)
             case Rejected():
@@ -465,9 +467,8 @@ class Node:
             own.unsent.discard(event.peer)
             if event.seen < own.update.round and own.is_for(event.peer) and (never_sent or own in recent):
                 self._send((event.peer,), own.update)
-        if self.settings.two_way:  # our receipt may have been under way, too
-            for round in self.neighbours[event.peer].updates:
-                self._send((event.peer,), Receipt(round))
+        if self.settings.two_way and self.round in self.neighbours[event.peer].updates:
+            self._send((event.peer,), Receipt(self.round, self._view))  # which may have been under way, too
 
     def _link_down(self, peer: str, why: str) -> None:
         neighbour = self.neighbours.get(peer)
@@ -520,8 +521,8 @@ class Node:
             if self._lacks_state:
                 self._first_state_at = min(self._first_state_at, self._now)
             neighbour.updates[update.round] = update
-            if self.settings.two_way:
-                self._send((peer,), Receipt(update.round))
+            if self.settings.two_way and update.round == self.round:
+                self._send((peer,), Receipt(update.round, self._view))  # of a later one when it is its turn
 
     def _count_if_in_step(self, neighbour: Neighbour, round: int) -> None:
         """Count how often it is in time, and restore who was too slow to be waited for."""
@@ -561,10 +562,10 @@ class Node:
             if round > self.round and neighbour.ahead_since is None:
                 neighbour.ahead_since = self._now
 
-    def _receipt(self, peer: str, round: int) -> None:
+    def _receipt(self, peer: str, round: int, view: int) -> None:
         neighbour = self.neighbours.get(peer)
-        if neighbour is not None and round <= self.round:
-            neighbour.confirmed = max(neighbour.confirmed, round)
+        if neighbour is not None and neighbour.confirmed < round <= self.round:
+            neighbour.confirmed, neighbour.confirmed_view = round, view
 
     def _goodbye(self, peer: str, round: int, reason: str) -> None:
         neighbour = self.neighbours.get(peer)
@@ -737,7 +738,7 @@ class Node:
         if neighbour.name not in self._here.hears or not self._tells_us(neighbour):
             return False
         if neighbour.heard >= self._needed:
-            unconfirmed = self.round in neighbour.updates and not self._may_fold(neighbour)
+            unconfirmed = self.round in neighbour.updates and not self._is_confirmed(neighbour)
             return unconfirmed and neighbour.gone_after is None and self._now < self._passed_us_by(neighbour)
         if self._now >= self._passed_us_by(neighbour):
             return False
@@ -760,9 +761,15 @@ class Node:
         before = self._old_wiring.part(self.round).hears if self._old_wiring is not None else {}
         return neighbour.view == self._old_view and neighbour.name in before
 
-    def _may_fold(self, neighbour: Neighbour) -> bool:
-        """The two-way-live rule: an edge counts if both ends have the other's update, and know it."""
+    def _is_confirmed(self, neighbour: Neighbour) -> bool:
+        """Whether it has said what becomes of our update of this round, where that matters."""
         return not self.settings.two_way or neighbour.confirmed == self.round
+
+    def _may_fold(self, neighbour: Neighbour) -> bool:
+        """The two-way-live rule: an edge counts if both ends have the other's update, know it, and see one graph."""
+        return not self.settings.two_way or (
+            neighbour.confirmed == self.round and neighbour.confirmed_view == self._view
+        )
 
     def _patience(self, neighbours: Sequence[Neighbour]) -> float:
         floor = self.settings.patience * self.settings.drift  # so many rounds it may still have before it
@@ -819,7 +826,7 @@ class Node:
 
     def _start(self) -> None:
         self._say_who_is_absent()
-        self._compute(self.round, ())
+        self._compute(self.round, (), jump=True)  # no round went before that its rule could learn from
 
     def _catch_up_target(self) -> int:
         """The round to jump to; the own one if most others are not far ahead. Whoever lacks a state is at round -1."""
@@ -846,6 +853,9 @@ class Node:
             update = self._take_update(neighbour)
             if update is not None and self._counts(neighbour, update) and self._may_fold(neighbour):
                 updates[neighbour.name] = update
+        if len(updates) + 1 < self.settings.least:
+            self._note("too_few", round=self.round, came=len(updates), needed=self.settings.least - 1)
+            updates = {}
         own, heard = Stake(self._mass, self._reach), {name: Stake(u.mass, u.reach) for name, u in updates.items()}
         fixed = {name: weight for name, weight in part.hears.items() if weight is not None}
         weights = weights_of(self.settings.weights, own, heard, fixed)
@@ -889,11 +899,12 @@ class Node:
         self._note("caught_up", behind=self.round, round=target)
         self._waited_from, self._lacks_state = target, False
         self._trained = None  # the round that is skipped has no record
-        self._compute(target, contributions)
+        self._compute(target, contributions, jump=True)
 
-    def _compute(self, round: int, contributions: tuple[Contribution, ...]) -> None:
+    def _compute(self, round: int, contributions: tuple[Contribution, ...], jump: bool = False) -> None:
         # Degrees and masses change only here, between two rounds, and travel in the signed manifest: so both ends of
         # an edge derive its weight from the same numbers.
+        before = self._view
         self._rewire()
         part = self._part(round)
         masses = {n.name: n.mass for n in self.neighbours.values() if n.name in part.hears}
@@ -917,7 +928,13 @@ class Node:
         if train and round > self.settings.first_round and round % self.settings.checkpoint_every == 0:
             self._effects.append(Save(round))
         step = min(self.settings.mass / self._mass, MAX_STEP)
-        self._effects.append(Compute(round, contributions, self._mass, self._reach, train, step))
+        if self.settings.two_way:
+            came = tuple(n.name for n in self.neighbours.values() if round in n.updates)
+            self._send(came, Receipt(round, self._view))
+        restart = self._view != before
+        self._effects.append(
+            Compute(round, contributions, self._mass, self._reach, train, step, jump=jump, restart=restart)
+        )
 
     # -- Who lives ---------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from p2pfl.checkpoint import Checkpoint
 from p2pfl.config import BY_ROWS, Experiment
 from p2pfl.control import Control, forget
 from p2pfl.data import Part
-from p2pfl.envelope import Lease, Sealed, Sealer
+from p2pfl.envelope import NO_BASE, WHOLE, Lease, Sealed, Sealer
 from p2pfl.identity import Identity, Roster
 from p2pfl.learner import Learner, make_learner
 from p2pfl.link import Greeting, Link
@@ -45,9 +45,9 @@ from p2pfl.messages import (
     Done,
     Effect,
     Event,
-    Folded,
     Happened,
     Leave,
+    LinkUp,
     Received,
     Record,
     Rejected,
@@ -55,21 +55,22 @@ from p2pfl.messages import (
     Save,
     Send,
     Tick,
-    Trained,
     TrainingFailed,
     Update,
     Value,
 )
-from p2pfl.mixing import Probe, check_vector, distance_to_mean, fold
+from p2pfl.mixing import check_vector
 from p2pfl.node import Node, Settings
 from p2pfl.records import Line, NodeRecords, event_line, round_line
-from p2pfl.rng import stream
+from p2pfl.replicas import Replicas, whole
 from p2pfl.topology import Topology, describe, neighbourhoods, wiring
+from p2pfl.trainer import Term, Trainer, codec_number
 from p2pfl.weights import mass
 
 DRAIN = 10.0  # seconds that a finished node stays to hand over its last update
 WAKE_BYTES = 4096  # of the pipe of reasons to wake up, at a time
 LINGER = 2.0  # seconds that the sockets are given to send what they hold
+FLOAT_BYTES = 4
 NORMS = 64  # accepted vectors whose median norm is the usual one
 
 
@@ -81,84 +82,74 @@ class Outcome:
     norm: float  # L2 norm of the own vector
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One update in the experiment's codec, and as the whole vector that it comes to, for those who need that."""
+
+    change: Sealed | None  # None: nobody could understand it
+    whole: Sealed | None
+    base: int = NO_BASE  # the round that `change` continues
+
+
 class Worker:
     """Folds, evaluates, trains, seals: everything heavy, in the order of a round. Used by one thread at a time."""
 
-    def __init__(self, learner: Learner, sealer: Sealer, name: str) -> None:
-        self._learner = learner
+    def __init__(self, trainer: Trainer, sealer: Sealer, resumed: bool) -> None:
+        self._trainer = trainer
         self._sealer = sealer
-        self._name = name
-        self._probe = Probe(learner.schema.size, stream(0, "probe"))
+        unknown = trainer.differences and (resumed or not trainer.starts_alike)
+        self._base: int | None = None if unknown else NO_BASE  # round of the last update; None: send a whole one
 
-    def compute(self, job: Compute, save: Callable[[Checkpoint], None] | None) -> Outcome:
+    def compute(self, job: Compute, save: Callable[[Checkpoint], None] | None, lacking: bool) -> Outcome:
         """Perform one `Compute`: mix what was collected, evaluate, then train for the round, evaluate and seal.
 
-        `save` is given a copy of the state between the two.
+        `save` is given a copy of the state between the two. `lacking`: somebody cannot go on from differences.
         """
-        learner = self._learner
+        trainer = self._trainer
         folded, trained, update = None, None, None
         if job.round > 0 or job.contributions:  # before the first round: the state of others, in place of the own one
-            folded = self._fold(job)
+            terms = [Term(c.peer, c.weight, as_tensor(c.vector), c.reference) for c in job.contributions]
+            folded = trainer.fold(job, terms, time.perf_counter)
         if save is not None:
-            save(Checkpoint(job.round, job.mass, learner.state()))
+            save(Checkpoint(job.round, job.mass, trainer.state()))
         if job.train:
-            trained = train_for(learner, job, time.perf_counter)
-        norm = usable_norm(learner)
+            trained = trainer.train(job, time.perf_counter)
+        norm = usable_norm(trainer.learner)
         if job.train:
-            update = self._seal(job)
+            update = self._seal(job, lacking)
         return Outcome(Computed(job.round, folded, trained, update), norm)
 
-    def _fold(self, job: Compute) -> Folded:
-        terms = [(c.peer, c.weight, as_tensor(c.vector)) for c in job.contributions]
-        return fold_into(self._learner, self._name, terms, self._probe, time.perf_counter)
-
-    def _seal(self, job: Compute) -> Sealed:
-        host = self._learner.vector.detach().cpu().numpy()
-        return self._sealer.seal(host.data, job.round, job.mass, job.reach)
+    def _seal(self, job: Compute, lacking: bool) -> Sealed | Packed:
+        trainer, about = self._trainer, (job.round, job.mass, job.reach)
+        if trainer.codec.name == "none":
+            return self._sealer.seal(_host(trainer.public), *about)
+        assert trainer.change is not None
+        change = trainer.codec.encode(trainer.change, trainer.number(job.round))
+        base, self._base = self._base, job.round if trainer.differences else NO_BASE
+        if base is None:  # after a resume nobody knows what one's differences would be added to
+            return Packed(None, self._sealer.seal(_host(trainer.public), *about))
+        packed = self._sealer.seal(change, *about, trainer.codec.name, base)
+        return Packed(packed, self._sealer.seal(_host(trainer.public), *about) if lacking else None, base)
 
     def write_model(self, path: Path) -> None:
         """See `write_model`."""
-        write_model(self._learner, path)
+        write_model(self._trainer.learner, path)
 
 
 def as_tensor(vector: object) -> Tensor:
-    """The float32 view of an opened update; valid as long as the lease is held."""
+    """The float32 vector of an update; if it is a view of what was opened, valid as long as the lease is held."""
+    if isinstance(vector, Tensor):
+        return vector
     assert isinstance(vector, Lease)
     return torch.frombuffer(vector.view, dtype=torch.float32)
 
 
+def _host(vector: Tensor) -> memoryview:
+    """The bytes of a vector, on the CPU."""
+    return vector.detach().cpu().numpy().data
+
+
 # -- What a job does to a model, in every driver ---------------------------------------------------------------------
-
-
-def fold_into(
-    learner: Learner, name: str, terms: Sequence[tuple[str, float, Tensor]], probe: Probe, clock: Callable[[], float]
-) -> Folded:
-    """Mix these (peer, weight, vector) into the model of the node `name`, and evaluate it. `clock` gives seconds."""
-    vector = learner.vector
-    begin = clock()
-    terms = [(peer, weight, term.to(vector.device)) for peer, weight, term in terms]
-    consensus = distance_to_mean(vector, [term for _, _, term in terms])
-    before = probe(vector)
-    fold(vector, terms, name, out=vector)
-    after = probe(vector)
-    mixed_at = clock()
-    scores = learner.evaluate()
-    return Folded(scores, consensus, mixed_at - begin, clock() - mixed_at, before, after)
-
-
-def train_for(learner: Learner, job: Compute, clock: Callable[[], float]) -> Trained:
-    """One round of local training, and evaluate. Where push-sum says so, the vector goes another part of the way.
-
-    TrainingFailed if the loss is not finite.
-    """
-    begin = clock()
-    start = learner.vector.clone() if job.step != 1.0 else None
-    loss = learner.train(job.round)
-    if start is not None:
-        learner.vector.sub_(start).mul_(job.step).add_(start)
-    trained_at = clock()
-    scores = learner.evaluate()
-    return Trained(loss, scores, trained_at - begin, clock() - trained_at)
 
 
 def usable_norm(learner: Learner) -> float:
@@ -190,6 +181,7 @@ class Runtime:
         link: Link,
         worker: Worker,
         records: NodeRecords,
+        replicas: Replicas,
         experiment: bytes,
         epoch: int,
         norm: float,
@@ -197,6 +189,8 @@ class Runtime:
         before_round: Callable[[int], None],
     ) -> None:
         """`observe` is told each line that is recorded; `experiment` is its digest, `norm` the first vector's, L2."""
+        self._replicas = replicas
+        self._newest_base = NO_BASE  # which round our newest update continues
         self.node = node
         self.link = link
         self.address_book: dict[str, str] = {}  # where members listen who never said it here themselves
@@ -328,6 +322,8 @@ class Runtime:
                 self._handle(Leave(at_once=True), threads)  # the others need not wait for what will not come
                 return
             self._own_norm = outcome.norm
+            if isinstance(outcome.computed.update, Packed):
+                self._newest_base = outcome.computed.update.base
             self._handle(outcome.computed, threads)
         if self._asked_to_leave and not self._leave_told:
             self._leave_told = True
@@ -371,6 +367,8 @@ class Runtime:
 
     def _perform(self, effect: Effect, threads: ThreadPoolExecutor) -> None:
         match effect:
+            case Send(peers, Update(vector=Packed()) as update):
+                self._send_packed(peers, update)
             case Send(peers, message):
                 self.link.send(peers, message)
             case Save():
@@ -380,7 +378,8 @@ class Runtime:
                     self._round_began = time.monotonic()
                 self._before_round(effect.round)
                 self.link.round = effect.round
-                self._pending = threads.submit(self._worker.compute, effect, self._save if self._save_next else None)
+                save = self._save if self._save_next else None
+                self._pending = threads.submit(self._worker.compute, effect, save, bool(self.link.lacking))
                 self._save_next = False
                 self._pending.add_done_callback(lambda _: self._wake())
             case Connect(peer, address):
@@ -419,20 +418,50 @@ class Runtime:
                 os.read(self._read_end, WAKE_BYTES)
             now = time.monotonic()
 
+    def _send_packed(self, peers: tuple[str, ...], update: Update) -> None:
+        """To each of these the difference, or the whole vector to whoever has said that it needs one."""
+        packed, lacking = update.vector, self.link.lacking
+        assert isinstance(packed, Packed)
+        whole = peers if packed.change is None else tuple(peer for peer in peers if peer in lacking)
+        if packed.change is not None:
+            self.link.send([peer for peer in peers if peer not in lacking], replace(update, vector=packed.change))
+        if packed.whole is not None:  # or else with the next update
+            self.link.send(whole, replace(update, vector=packed.whole))
+            lacking.difference_update(whole)
+
+    def _note_what_it_has(self, event: LinkUp) -> None:
+        """Whoever has not even the update that our newest one continues needs a whole one."""
+        if event.seen < self._newest_base:
+            self.link.lacking.add(event.peer)
+
     # -- What may be averaged ----------------------------------------------------------------------------------------
 
     def _checked(self, event: Event) -> Event:
-        """The event itself, or what becomes of an update whose numbers cannot be averaged."""
+        """The event itself, an update as a vector, or what becomes of one whose numbers cannot be averaged."""
         match event:
-            case Received(peer, Update(round, _, _, vector)):
+            case LinkUp():
+                self._note_what_it_has(event)
+            case Received(peer, Update(round, _, _, Lease() as lease) as update):
                 try:
                     usual = statistics.median(self._norms) if self._norms else None
+                    vector = self._read(peer, round, lease)
                     norm = check_vector(as_tensor(vector), usual)
                 except BadMessage as error:
                     return Rejected(peer, error.code, error.why, round=round)
                 self._norms.append(norm)
                 self._look_twice(peer, round, norm)
+                if isinstance(vector, Tensor):
+                    self._replicas.keep(peer, round, vector)
+                return Received(peer, replace(update, vector=vector))
         return event
+
+    def _read(self, peer: str, round: int, lease: Lease) -> Lease | Tensor:
+        """What was opened, as a vector: itself, if it is one and no other will be added to it."""
+        manifest = lease.manifest
+        assert manifest is not None
+        if manifest.codec != WHOLE:
+            return self._replicas.read(peer, round, lease.view[: manifest.size])
+        return whole(lease.view[: manifest.size]) if self._replicas.continued else lease
 
     def _look_twice(self, peer: str, round: int, norm: float) -> None:
         """Lawful, but telling: a model of zeros, our own, or the same one again (two norms do not agree by chance)."""
@@ -516,23 +545,39 @@ def assemble(
     BadInput for whatever cannot be built.
     """
     learner = make_learner(experiment, part, identity.name)
+    trainer = Trainer(learner, experiment, identity.name, varies=topology is not None and topology.varies)
+    start = trainer.start if trainer.differences else None  # before the own one goes on from a checkpoint
     facts = _facts(experiment, topology, learner, part)
     agreed = hashlib.sha256("\n".join(f"{key} = {value}" for key, value in sorted(facts.items())).encode()).digest()
     found = checkpoint.Found(None, {})
     if resume:
-        found = checkpoint.read(records.checkpoint, agreed, learner.state())
+        found = checkpoint.read(records.checkpoint, agreed, trainer.state())
     if found.newest is not None:
-        learner.restore(found.newest.tensors)
+        trainer.restore(found.newest.tensors)
     weights, heals = experiment.topology.weighting, experiment.topology.heal
     own_mass = mass(weights, learner.samples)
     greeting = Greeting(
         experiment=agreed,
         schema=learner.schema.digest,
-        size=learner.schema.nbytes,
+        size=FLOAT_BYTES * trainer.size,
         mass=own_mass,
         facts=facts,
+        packed={} if trainer.codec.name == "none" else {trainer.codec.name: trainer.codec.nbytes},
     )
-    link = Link(identity, roster, epoch, greeting, lambda peer, round: node.check_offer(peer, round), listen)
+    replicas = Replicas(
+        trainer.codec,
+        start,
+        lambda peer, round: codec_number(experiment.seed, peer, round),
+    )
+    link = Link(
+        identity,
+        roster,
+        epoch,
+        greeting,
+        lambda peer, round: node.check_offer(peer, round),
+        listen,
+        replicas.has,
+    )
     settings = replace(
         common_settings(experiment),
         name=identity.name,
@@ -553,12 +598,13 @@ def assemble(
         needs_state=found.lost,
     )
     node = Node(settings, time.monotonic())
-    sealer = Sealer(identity, agreed, learner.schema.digest, learner.schema.nbytes, epoch)
-    worker = Worker(learner, sealer, identity.name)
+    packed = sum(greeting.packed.values())
+    sealer = Sealer(identity, agreed, learner.schema.digest, FLOAT_BYTES * trainer.size, epoch, packed)
+    worker = Worker(trainer, sealer, resumed=found.newest is not None)
     norm = check_vector(learner.vector, None)
     for dial in dials:
         link.dial(dial.address, () if dial.name is None else (dial.name,))
-    runtime = Runtime(node, link, worker, records, agreed, epoch, norm, observe, before_round)
+    runtime = Runtime(node, link, worker, records, replicas, agreed, epoch, norm, observe, before_round)
     runtime.address_book.update({m.card.name: m.addresses[0] for m in roster.members if m.addresses})
     runtime.record(Happened("started", {"rows": learner.samples, "round": settings.first_round}))
     if found.damaged:
@@ -578,7 +624,7 @@ def common_settings(experiment: Experiment) -> Settings:
         rounds=experiment.train.rounds,
         suspicion=network.suspicion,
         weights=weights,
-        two_way=experiment.mix.two_way,
+        two_way=experiment.two_way,
         equal_masses=weights not in BY_ROWS,
         checkpoint_every=experiment.train.checkpoint_every,
         staleness=float(network.staleness),

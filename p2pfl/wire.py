@@ -117,7 +117,7 @@ _TYPES: dict[int, tuple[type[WireMessage], dict[str, Check]]] = {
     4: (Grant, {"round": _ROUND, "chunks": _integer(1, 2**31)}),
     5: (Refused, {"round": _ROUND, "code": _name}),
     6: (Goodbye, {"round": _ROUND, "reason": _word("finished", "leaving")}),
-    7: (Receipt, {"round": _ROUND}),
+    7: (Receipt, {"round": _ROUND, "view": _integer(0, 2**32 - 1)}),
     8: (Gossip, {"records": _integer(0, MAX_GOSSIPED), "hints": _integer(0, MAX_GOSSIPED)}),
     9: (Resume, {"round": _ROUND, "start": _integer(1, 2**31)}),
     16: (Offer, {"signature": _bytes(64), "key": _bytes(32)}),

@@ -629,8 +629,8 @@ class ForgetsOne(Node):
 class GivesPortionsToNewcomers(Node):
     """With push-sum: whoever comes after the portions were cut gets one as well."""
 
-    def _compute(self, round: int, contributions: tuple[Contribution, ...]) -> None:
-        super()._compute(round, contributions)
+    def _compute(self, round: int, contributions: tuple[Contribution, ...], jump: bool = False) -> None:
+        super()._compute(round, contributions, jump)
         self._told = None
 
 

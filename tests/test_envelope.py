@@ -16,7 +16,18 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2pfl.envelope import CODEC, SIGNING_CONTEXT, Buffers, Manifest, Opening, Sealed, Sealer, sealed_size, verify
+from p2pfl.envelope import (
+    NO_BASE,
+    SIGNING_CONTEXT,
+    WHOLE,
+    Buffers,
+    Manifest,
+    Opening,
+    Sealed,
+    Sealer,
+    sealed_size,
+    verify,
+)
 from p2pfl.identity import Card, Identity
 from p2pfl.messages import MAX_EPOCH, MAX_ROUND, BadMessage, Offer
 from p2pfl.wire import CHUNK, MAX_MANIFEST, TAG, decode, encode, unpack
@@ -107,7 +118,8 @@ def test_the_manifest_says_what_was_sealed() -> None:
         epoch=7,
         round=3,
         schema=SCHEMA,
-        codec=CODEC,
+        codec=WHOLE,
+        base=NO_BASE,
         size=4,
         mass=1.5,
         reach=4.0,
@@ -123,7 +135,7 @@ def test_an_offer_passes_through_the_wire_unchanged() -> None:
 
 def test_a_vector_of_another_size_is_not_sealed() -> None:
     for size in (0, 4, 12):
-        with pytest.raises(ValueError, match=f"a vector of {size} bytes where the schema says 8"):
+        with pytest.raises(ValueError, match=f"a vector of {size} bytes where 8 are expected"):
             sealer_of(8).seal(memoryview(bytes(size)), 0, 1.0, 1.0)
 
 
@@ -287,7 +299,8 @@ WRONG: dict[str, list[object]] = {  # for each field of a manifest, what it must
     "epoch": [*NO_INTEGERS, 0, MAX_EPOCH + 1],
     "round": [*NO_INTEGERS, MAX_ROUND + 1],
     "schema": NO_DIGESTS,
-    "codec": ["", "float16", "Float32", "float32 ", b"float32", None, 0],
+    "codec": [b"float32", None, 0, True, []],
+    "base": [*NO_INTEGERS[1:], -2, MAX_ROUND + 1],
     "size": [-4, 0, True, 4.0, "4", None],
     "mass": NO_WEIGHTS,
     "reach": NO_WEIGHTS,
@@ -301,6 +314,21 @@ WRONG: dict[str, list[object]] = {  # for each field of a manifest, what it must
 def test_no_field_of_a_manifest_takes_a_wrong_value_from_its_signer(field: str) -> None:
     for value in WRONG[field]:
         assert refused_offer(signed(ALICE, SMALL.offer, **{field: value}), 4) == "bad_header", value
+
+
+def test_only_the_codecs_of_the_experiment_are_taken_each_with_its_own_size() -> None:
+    for codec in ("", "float16", "Float32", "float32 ", "int8"):
+        assert refused_offer(signed(ALICE, SMALL.offer, codec=codec), 4) == "bad_schema"
+    sealed = Sealer(ALICE, FEDERATION, SCHEMA, 4, epoch=7, packed=3).seal(memoryview(b"abc"), 5, 1.0, 1.0, "int8", 4)
+    manifest = verify(sealed.offer, ALICE.card, FEDERATION, SCHEMA, 4, {"int8": 3})
+    assert (manifest.codec, manifest.base, manifest.size) == ("int8", 4, 3)
+    for packed in ({"int8": 4}, {"fp16": 3}, {}):
+        with pytest.raises(BadMessage, match="bad_schema"):
+            verify(sealed.offer, ALICE.card, FEDERATION, SCHEMA, 4, packed)
+    opening = Opening(manifest, sealed.offer.key, Buffers(4).take())
+    opening.add(0, sealed.chunk(0))
+    lease = opening.finish()
+    assert lease.manifest == manifest and lease.view[:3] == b"abc"
 
 
 def test_a_manifest_has_exactly_its_fields() -> None:

@@ -15,6 +15,7 @@ LAYERS = re.compile(r"^    (?:values|logic|edges|drivers|surface) +(.+)$", re.MU
 # What each module may import besides the standard library and the modules before it.
 LIBRARIES = {
     "messages": set(),
+    "composition": set(),
     "config": {"pydantic", "tomli"},
     "rng": {"numpy"},
     "weights": set(),
@@ -23,14 +24,19 @@ LIBRARIES = {
     "node": set(),
     "topology": {"networkx", "numpy", "scipy"},  # a folder; its own order stands in FOLDERS
     "mixing": {"torch", "numpy"},
+    "rules": {"torch"},
+    "attacks": {"torch"},
+    "compression": {"torch", "numpy"},
     "wire": {"msgpack"},
     "identity": {"cryptography"},
     "envelope": {"cryptography", "blake3"},
+    "replicas": {"torch"},
     "records": set(),
     "analysis": {"numpy"},
     "data": {"torch", "sklearn", "numpy"},
     "models": {"torch"},
     "learner": {"torch"},
+    "trainer": {"torch"},
     "checkpoint": {"torch", "blake3"},
     "link": {"zmq"},
     "control": {"pydantic"},

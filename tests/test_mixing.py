@@ -1,16 +1,40 @@
-"""Folding vectors into one, and refusing those that may not take part."""
+"""Folding vectors into one by any rule, whatever a few of them hold, and refusing those that may not take part."""
 
 import itertools
 import math
 import random
+from functools import partial
 
+import networkx as nx
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pfl.messages import BadMessage
-from p2pfl.mixing import BLOCK, MAX_VALUE, PROBED, PROJECTIONS, Probe, check_vector, distance_to_mean, fold
+from p2pfl.mixing import (
+    BLOCK,
+    COLUMNS,
+    MAX_VALUE,
+    PROBED,
+    PROJECTIONS,
+    RULES,
+    Probe,
+    Rule,
+    check_vector,
+    clip,
+    distance_to_mean,
+    fold,
+    geometric_median,
+    krum,
+    least_vectors,
+    mean,
+    median,
+    multi_krum,
+    nearest_neighbour_mixing,
+    trimmed_mean,
+)
 from p2pfl.rng import stream
 
 Terms = list[tuple[str, float, torch.Tensor]]
@@ -153,6 +177,309 @@ def test_an_edge_lost_one_way_moves_the_mean_by_a_twelfth() -> None:
 
 def test_renormalising_instead_would_break_the_mean() -> None:
     assert mean_after_loss({(0, 1), (1, 0)}, renormalised=True) == pytest.approx(9 / 4, abs=1e-6)
+
+
+# -- The rules -------------------------------------------------------------------------------------------------------
+
+ROBUST = sorted(RULES.keys() - {"mean"})
+
+
+def uniform(count: int) -> torch.Tensor:
+    return torch.full((count,), 1 / count, dtype=torch.float64)
+
+
+def column(*values: float) -> torch.Tensor:
+    """Vectors of one element each."""
+    return torch.tensor(values, dtype=torch.float64)[:, None]
+
+
+def on_circle(count: int, size: int, seed: int = 0) -> torch.Tensor:
+    """Honest vectors of length 1 around a centre of length sqrt(size), float64."""
+    drawn = torch.randn(count, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return 1 + drawn / drawn.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rule_gives_a_new_vector_and_writes_nothing(rule: str, dtype: torch.dtype) -> None:
+    heard = on_circle(9, COLUMNS + 5).to(dtype)
+    before = heard.clone()
+    for weights in (uniform(9), uniform(9).float()):
+        result = RULES[rule](heard, weights, 2)
+        assert result.shape == (COLUMNS + 5,)
+        assert result.dtype == dtype
+        assert torch.equal(result, RULES[rule](heard, weights, 2))
+        result.zero_()
+        assert torch.equal(heard, before)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_equal_vectors_are_agreed_upon(rule: str) -> None:
+    agreed = torch.tensor([[0.1, -2.0, 1e20, 0.0]]).repeat(6, 1)
+    torch.testing.assert_close(RULES[rule](agreed, uniform(6), 1), agreed[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("nnm", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_order_of_the_neighbours_does_not_matter(rule: str, nnm: bool) -> None:
+    heard = on_circle(9, 50)
+    weights = torch.arange(1.0, 10, dtype=torch.float64) / 45
+    order = torch.tensor([0, 7, 1, 8, 3, 2, 6, 4, 5])
+
+    def result(heard: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return RULES[rule](nearest_neighbour_mixing(heard, 2) if nnm else heard, weights, 2)
+
+    torch.testing.assert_close(result(heard[order], weights[order]), result(heard, weights), rtol=1e-12, atol=0)
+
+
+def test_how_many_vectors_a_rule_takes() -> None:
+    taken = {rule: [least_vectors(rule, tolerate) for tolerate in (0, 1, 3)] for rule in RULES}
+    assert taken.pop("mean") == [1, 1, 1]
+    assert taken.pop("clip") == [2, 3, 5]
+    assert taken.pop("krum") == taken.pop("multi-krum") == [3, 5, 9]
+    assert set(taken) == {"trimmed-mean", "median", "geometric-median"}
+    assert all(counts == [2, 4, 8] for counts in taken.values())
+    with pytest.raises(ValueError, match="no rule is called 'trimed-mean'"):
+        least_vectors("trimed-mean", 1)
+
+
+@pytest.mark.parametrize("rule", ROBUST)
+def test_too_few_vectors_are_refused(rule: str) -> None:
+    least = least_vectors(rule, 2)
+    RULES[rule](on_circle(least, 3), uniform(least), 2)
+    with pytest.raises(ValueError, match=f"{rule} takes {least} vectors or more to tolerate 2, not {least - 1}"):
+        RULES[rule](on_circle(least - 1, 3), uniform(least - 1), 2)
+
+
+def test_the_mean_is_what_fold_gives() -> None:
+    own, a, z = vectors(3, BLOCK + 3)
+    expected = folded(own, [("a", 0.2, a), ("z", 0.5, z)], name="A")  # the own name comes first, as the own row does
+    torch.testing.assert_close(mean(torch.stack([own, a, z]), torch.tensor([0.3, 0.2, 0.5]), 0), expected)
+
+
+# -- Clipping
+
+
+def test_clipping_by_hand() -> None:
+    """Neighbours at 1, -2 and 10, one of them bad: as far as the second nearest, 2, anybody may pull."""
+    heard, weights = column(0, 1, 10, -2), torch.tensor([0.4, 0.1, 0.3, 0.2])
+    assert clip(heard, weights, 1).item() == pytest.approx(0.1 * 1 + 0.3 * 2 - 0.2 * 2)
+    assert clip(heard, weights, 2).item() == pytest.approx(0.1 * 1 + 0.3 * 1 - 0.2 * 1)
+    assert clip(heard, weights, 0).item() == pytest.approx(mean(heard, weights, 0).item())
+    assert clip(heard, weights, 1, radius=0.5).item() == pytest.approx(0.1 * 0.5 + 0.3 * 0.5 - 0.2 * 0.5)
+    assert clip(heard + 7, weights, 1).item() == pytest.approx(7 + 0.3)
+
+
+def test_clipping_shortens_the_way_and_keeps_its_direction() -> None:
+    heard = torch.tensor([[1.0, 1.0], [4.0, 5.0]])  # 5 apart
+    torch.testing.assert_close(
+        clip(heard, uniform(2), 0, radius=1.0), torch.tensor([1.0, 1.0]) + 0.5 * heard.new([0.6, 0.8])
+    )
+
+
+def test_a_liar_pulls_no_further_than_the_farthest_honest_one() -> None:
+    for seed in range(10):
+        heard = on_circle(7, 20, seed)
+        farthest = (heard[:5] - heard[0]).norm(dim=1).max()
+        heard[5:] = 1e9
+        assert (clip(heard, uniform(7), 2) - heard[0]).norm() <= 6 / 7 * farthest
+
+
+APART = column(*[0] * 5, *[1] * 5)
+
+
+def dumbbell(rule: Rule, rounds: int) -> torch.Tensor:
+    """What ten nodes hold at last: two cliques of five, at 0 and at 1, joined by one edge. Nobody lies; b = 1."""
+    graph = nx.barbell_graph(5, 0)
+    held = APART
+    for _ in range(rounds):
+        after = []
+        for node in graph:
+            near = sorted(graph[node])
+            weights = torch.tensor([1 - len(near) / 8] + [1 / 8] * len(near), dtype=torch.float64)
+            after.append(rule(held[[node, *near]], weights, 1))
+        held = torch.stack(after)
+    return held
+
+
+def test_over_a_bottleneck_clipping_agrees_on_one_half() -> None:
+    """The same radius at all nodes and symmetric weights: what one is pulled, the other is pulled back."""
+    for radius in (0.1, 10.0):
+        held = dumbbell(partial(clip, radius=radius), 300)
+        torch.testing.assert_close(held, torch.full_like(APART, 0.5), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("rule", [*ROBUST, "mean"])
+def test_over_a_bottleneck_no_other_robust_rule_ever_mixes(rule: str) -> None:
+    """Not even clipping, if it takes its radius from neighbours that all agree. The mean does."""
+    assert torch.equal(dumbbell(RULES[rule], 20), APART) == (rule != "mean")
+
+
+# -- Trimmed mean and median
+
+
+@pytest.mark.parametrize("size", [1, 7, COLUMNS, COLUMNS + 3])
+@pytest.mark.parametrize(("count", "tolerate"), [(2, 0), (4, 1), (9, 2), (9, 3), (10, 4)])
+def test_trimmed_mean_and_median_are_those_of_sorted_columns(count: int, tolerate: int, size: int) -> None:
+    heard = torch.stack(vectors(count, size, seed=count))
+    ordered = np.sort(heard.numpy(), axis=0)
+    trimmed = torch.from_numpy(ordered[tolerate : count - tolerate].mean(axis=0))
+    torch.testing.assert_close(trimmed_mean(heard, uniform(count), tolerate), trimmed)
+    torch.testing.assert_close(median(heard, uniform(count), tolerate), torch.from_numpy(np.median(ordered, axis=0)))
+
+
+def test_the_median_of_an_even_number_is_the_mean_of_the_two_in_the_middle() -> None:
+    assert median(column(1, 100, 2, 4), uniform(4), 1).item() == 3
+
+
+# -- Geometric median
+
+
+def sum_of_distances(heard: torch.Tensor, point: torch.Tensor) -> float:
+    return (heard.double() - point.double()).norm(dim=1).sum().item()
+
+
+@pytest.mark.parametrize("count", [9, 10])
+@pytest.mark.parametrize(("size", "accuracy"), [(2, 3e-4), (30, 1e-8)])
+def test_the_geometric_median_has_the_least_sum_of_distances(count: int, size: int, accuracy: float) -> None:
+    for seed in range(3):
+        heard = on_circle(count, size, seed)
+        heard[-3:] *= 4
+        found = geometric_median(heard, uniform(count), 3)
+        exact = heard.mean(dim=0)
+        for _ in range(1000):
+            pulls = 1 / (heard - exact).norm(dim=1, keepdim=True)
+            exact = (pulls * heard).sum(dim=0) / pulls.sum()
+        assert sum_of_distances(heard, found) == pytest.approx(sum_of_distances(heard, exact), rel=accuracy)
+        assert sum_of_distances(heard, median(heard, uniform(count), 3)) > 1.001 * sum_of_distances(heard, exact)
+
+
+def test_in_the_middle_of_a_cross_lies_its_geometric_median() -> None:
+    """Where the diagonals of a convex quadrangle meet, by the triangle inequality."""
+    heard = torch.tensor([[0.0, 1.0], [0.0, -9.0], [4.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(geometric_median(heard, uniform(4), 1), heard.new_zeros(2), rtol=0, atol=0.02)
+
+
+def test_where_half_of_the_vectors_agree_lies_the_geometric_median() -> None:
+    heard = torch.tensor([[1.0, 2.0]] * 3 + [[1e9, 0.0], [0.0, 1e9], [5.0, 5.0]])
+    for count in (5, 6):
+        assert torch.equal(geometric_median(heard[:count], uniform(count), 1), heard[0])
+
+
+# -- Krum
+
+# The score takes the k - b - 2 smallest squares. By each of these wrong ones another vector is best.
+EIGHT = [(8, 1), (6, 10), (8, 6), (11, 12), (12, 4), (4, 7), (5, 9), (10, 2)]
+WRONG_SCORES = {
+    "the medoid: distances to all": (1, 7, False),
+    "squares to all": (2, 7, False),
+    "distances, not squares": (1, 4, False),
+    "squared twice": (4, 4, False),
+    "one too many": (2, 5, False),
+    "one too few": (2, 3, False),
+    "oneself among the nearest": (2, 4, True),
+}
+
+
+def best_by_score(points: list[tuple[int, int]], power: int, nearest: int, to_itself: bool) -> int:
+    """The first with the least sum of the `nearest` smallest distances to the power."""
+    scores = [
+        sum(sorted(math.dist(a, b) ** power for j, b in enumerate(points) if to_itself or i != j)[:nearest])
+        for i, a in enumerate(points)
+    ]
+    return scores.index(min(scores))
+
+
+def test_krum_takes_the_vector_with_the_least_score() -> None:
+    heard = torch.tensor(EIGHT, dtype=torch.float32)
+    best = best_by_score(EIGHT, power=2, nearest=8 - 2 - 2, to_itself=False)
+    assert torch.equal(krum(heard, uniform(8), 2), heard[best])
+    assert torch.equal(krum(heard + 1e4, uniform(8), 2), heard[best] + 1e4)
+    for unit in (1e-30, 1e28):  # squares of these are beyond float32 on either side
+        assert torch.equal(krum(heard * unit, uniform(8), 2), heard[best] * unit)
+
+
+@pytest.mark.parametrize("wrong", WRONG_SCORES)
+def test_no_wrong_score_picks_the_same_vector_so_the_test_above_can_fail(wrong: str) -> None:
+    assert best_by_score(EIGHT, *WRONG_SCORES[wrong]) != best_by_score(EIGHT, 2, 4, False)
+
+
+def test_multi_krum_is_the_mean_of_the_k_minus_b_best() -> None:
+    assert multi_krum(column(0, 100, 1, 2, 4), uniform(5), 1).item() == pytest.approx((0 + 1 + 2 + 4) / 4)
+    assert multi_krum(column(0, 100, 1, 2, 4, -50, 3), uniform(7), 2).item() == pytest.approx((0 + 1 + 2 + 4 + 3) / 5)
+
+
+def test_small_distances_between_long_vectors_are_seen() -> None:
+    """As they are near consensus. From squared lengths and products, all digits of these distances would be lost."""
+    far = 2.0**14
+    step = 2.0**-9  # the distance of neighbouring float32 numbers there
+    heard = torch.stack([torch.full((1000,), far + places * step) for places in (0, 9, 10, 12, 19, 27)])
+    assert torch.equal(krum(heard, uniform(6), 1), heard[3])
+    expected = far + step * torch.tensor([7.75, 7.75, 12.5, 12.5, 17, 17], dtype=torch.float64)
+    torch.testing.assert_close(nearest_neighbour_mixing(heard, 2).double().mean(dim=1), expected, rtol=0, atol=2 * step)
+
+
+# -- Nearest-neighbour mixing
+
+
+def test_nearest_neighbour_mixing_by_hand() -> None:
+    heard = column(0, 10, 1, 3)
+    torch.testing.assert_close(nearest_neighbour_mixing(heard, 0), column(3.5, 3.5, 3.5, 3.5))
+    torch.testing.assert_close(nearest_neighbour_mixing(heard, 1), column(4 / 3, 14 / 3, 4 / 3, 4 / 3))
+    torch.testing.assert_close(nearest_neighbour_mixing(heard, 2), column(0.5, 6.5, 0.5, 2))
+    assert torch.equal(nearest_neighbour_mixing(heard, 3), heard)
+    with pytest.raises(ValueError, match="of 4 vectors, 4 cannot be left out"):
+        nearest_neighbour_mixing(heard, 4)
+
+
+def test_nearest_neighbour_mixing_keeps_lies_out_of_honest_vectors() -> None:
+    heard = on_circle(9, COLUMNS + 2).float()
+    honest = heard[:6].mean(dim=0)
+    heard[6:] = torch.tensor([1e30, -1e30, 1e9])[:, None]
+    mixed = nearest_neighbour_mixing(heard, 3)
+    assert mixed.shape == heard.shape
+    torch.testing.assert_close(mixed[:6], honest.repeat(6, 1))
+
+
+# -- Lies
+
+LIES = {
+    "all at one place": [1e9, 1e9],
+    "on both sides": [1e9, -1e9],
+    "further than squares of float32 reach": [1e30, 1e30],
+    "the second lie": [0.0, -1e9],
+}
+
+
+@pytest.mark.parametrize("lies", LIES)
+@pytest.mark.parametrize("nnm", [False, True])
+@pytest.mark.parametrize("rule", ["trimmed-mean", "median", "krum", "multi-krum"])
+def test_whatever_b_of_them_send_the_outcome_stays_among_the_honest(rule: str, nnm: bool, lies: str) -> None:
+    """Element by element between the least and the largest honest value."""
+    for seed in range(5):
+        heard = on_circle(8, 40, seed).float()
+        liars = torch.randperm(7, generator=torch.Generator().manual_seed(seed))[:2] + 1  # never oneself
+        honest = heard[[row for row in range(8) if row not in liars.tolist()]]
+        heard[liars] = torch.tensor(LIES[lies])[:, None]
+        result = RULES[rule](nearest_neighbour_mixing(heard, 2) if nnm else heard, uniform(8), 2)
+        assert (result >= honest.amin(dim=0) - 1e-6).all()
+        assert (result <= honest.amax(dim=0) + 1e-6).all()
+
+
+@pytest.mark.parametrize("lies", LIES)
+def test_the_geometric_median_stays_near_the_honest(lies: str) -> None:
+    """Within (1 - a) / sqrt(1 - 2a) radii of them for a part a of lies (Minsker 2015): 1.061 for a quarter."""
+    heard = on_circle(8, 40).float()
+    heard[6:] = torch.tensor(LIES[lies])[:, None]
+    centre = heard[:6].mean(dim=0)
+    radius = (heard[:6] - centre).norm(dim=1).max()
+    assert (geometric_median(heard, uniform(8), 2) - centre).norm() <= 1.061 * radius
+
+
+def test_a_single_lie_moves_the_mean_anywhere() -> None:
+    heard = on_circle(8, 40)
+    heard[3] = 1e9
+    assert mean(heard, uniform(8), 3).min() > 1e8
 
 
 # -- distance_to_mean ------------------------------------------------------------------------------------------------

@@ -96,9 +96,15 @@ def folded(*peers: str, round: int, weight: float = 1 / 3) -> tuple[Contribution
 
 
 def compute(
-    round: int, contributions: tuple[Contribution, ...] = (), reach: float = 3.0, train: bool = True
+    round: int,
+    contributions: tuple[Contribution, ...] = (),
+    reach: float = 3.0,
+    train: bool = True,
+    jump: bool | None = None,  # None: only into the first round, before which there was none
+    restart: bool = False,
 ) -> Compute:
-    return Compute(round, contributions, 1.0, reach, train)
+    jump = round == 0 if jump is None else jump
+    return Compute(round, contributions, 1.0, reach, train, jump=jump, restart=restart)
 
 
 def fresh(**changes: object) -> Node:
@@ -181,10 +187,10 @@ def test_the_state_is_saved_every_so_many_rounds_but_not_at_the_start_and_not_af
 
 def test_a_resumed_node_begins_where_it_stopped() -> None:
     node = fresh(neighbours=("a",), first_round=25)
-    assert node.handle(up("a", round=25), 0.0) == [said("joined", peer="a", epoch=1), compute(25, reach=2.0)]
+    assert node.handle(up("a", round=25), 0.0) == [said("joined", peer="a", epoch=1), compute(25, reach=2.0, jump=True)]
     assert node.handle(computed(25), 1.0) == [Send(("a",), mine(25, 2.0))]  # no record: round 24 ended in another life
     done = fresh(neighbours=(), rounds=25, first_round=25)
-    assert done.handle(Tick(), 0.0)[-1] == compute(25, reach=1.0, train=False)
+    assert done.handle(Tick(), 0.0)[-1] == compute(25, reach=1.0, train=False, jump=True)
     assert done.handle(Computed(25, FOLDED, None, None), 1.0) == [said("finished", round=0), Done(True)]
 
 
@@ -709,7 +715,7 @@ def test_a_late_joiner_goes_on_from_the_mean_of_most_neighbours() -> None:
     assert node.handle(got("b", 57), 1.0) == []  # two of four are no majority
     assert node.handle(got("c", 58), 1.25) == [
         said("caught_up", behind=0, round=57),
-        compute(57, (*folded("a", "b", round=57), *folded("c", round=58)), reach=5.0),
+        compute(57, (*folded("a", "b", round=57), *folded("c", round=58)), reach=5.0, jump=True),
     ]
     assert node.handle(computed(57), 2.0) == [Send(("a", "b", "c", "d"), mine(57, 5.0))]  # no record of what is skipped
     assert node.round == 57
@@ -725,7 +731,10 @@ def test_who_fell_behind_keeps_of_its_own_model_what_its_age_is_worth() -> None:
     node.handle(got("a", 7), 0.0)
     effects = node.handle(got("b", 7), 0.0)
     weight = 1 / (2 + 1 / 6)  # the own one is five rounds old: of three models it counts a sixth as much
-    assert effects == [said("caught_up", behind=2, round=7), compute(7, folded("a", "b", round=7, weight=weight))]
+    assert effects == [
+        said("caught_up", behind=2, round=7),
+        compute(7, folded("a", "b", round=7, weight=weight), jump=True),
+    ]
 
 
 def test_models_that_were_refused_are_no_reason_to_catch_up() -> None:
@@ -773,7 +782,7 @@ def test_who_lacks_a_state_goes_on_from_that_of_its_neighbours_and_nothing_of_it
     effects = node.handle(got("b", 51), 0.75)
     assert effects == [
         said("caught_up", behind=0, round=51),
-        compute(51, (*folded("a", round=57, weight=1 / 2), *folded("b", round=51, weight=1 / 2))),
+        compute(51, (*folded("a", round=57, weight=1 / 2), *folded("b", round=51, weight=1 / 2)), jump=True),
     ]
     assert node.handle(computed(51), 1.0)[0] == Send(("a", "b"), mine(51))  # its first update of all
 
@@ -808,7 +817,7 @@ def test_a_donor_that_dies_on_the_way_gives_way_to_the_next() -> None:
     node.handle(LinkDown("a", "the bulk connection broke"), 0.75)  # … and broke off at 99 %
     story = ticks(node, 2.0)
     assert [(t, e) for t, e in story if isinstance(e, Compute)] == [
-        (1.75, compute(57, folded("b", round=57, weight=1.0)))
+        (1.75, compute(57, folded("b", round=57, weight=1.0), jump=True))
     ]
 
 
@@ -822,7 +831,7 @@ def test_a_donor_whose_model_is_of_no_use_gives_way_to_the_next(b_is_there: bool
         node.handle(Rejected("b", "bad_value", "NaN", round=57), 0.25)
     node.handle(got("a", 57), 0.5)
     assert [(t, e) for t, e in ticks(node, 9.0) if isinstance(e, Compute)] == [
-        (5.5, compute(57, folded("a", round=57, weight=1.0), reach=3.0 if b_is_there else 2.0))
+        (5.5, compute(57, folded("a", round=57, weight=1.0), reach=3.0 if b_is_there else 2.0, jump=True))
     ]
 
 
@@ -851,7 +860,7 @@ def test_while_states_come_the_newest_of_each_neighbour_counts() -> None:
     for round in (5, 6, 7):
         assert "rejected" not in words(node.handle(got("a", round), 0.5))
     node.handle(up("b", round=7), 1.0)
-    assert node.handle(got("b", 7), 1.0)[-1] == compute(7, folded("a", "b", round=7, weight=1 / 2))
+    assert node.handle(got("b", 7), 1.0)[-1] == compute(7, folded("a", "b", round=7, weight=1 / 2), jump=True)
 
 
 # -- Goodbyes --------------------------------------------------------------------------------------------------------
@@ -1419,7 +1428,7 @@ def test_push_sum_portions_its_mass_and_takes_the_mean_by_the_portions_that_came
     node = fresh(weights="push-sum", neighbourhood=one_way("a", tells=("a", "b")))
     node.handle(up("a"), 0.0)
     job = node.handle(up("b"), 0.0)[-1]
-    assert job == Compute(0, (), 1.0, 3.0, True, 1.0)  # three portions: its own, a's and b's
+    assert job == Compute(0, (), 1.0, 3.0, True, 1.0, jump=True)  # three portions: its own, a's and b's
     assert node.handle(computed(0), 1.0) == [Send(("a", "b"), Update(0, 1.0, 3.0, "mine0"))]
     (job,) = (e for e in node.handle(got("a", 0, mass=2.0, reach=4.0), 2.0) if isinstance(e, Compute))
     held = 1 / 3 + 2 / 4
@@ -1429,7 +1438,7 @@ def test_push_sum_portions_its_mass_and_takes_the_mean_by_the_portions_that_came
 def test_push_sum_gives_no_portion_to_whoever_is_not_there() -> None:
     node = fresh(weights="push-sum", neighbourhood=one_way("a", tells=("a", "b")), join_timeout=3.0)
     node.handle(up("a"), 0.0)
-    assert node.handle(Tick(), 3.0)[-1] == Compute(0, (), 1.0, 2.0, True, 1.0)
+    assert node.handle(Tick(), 3.0)[-1] == Compute(0, (), 1.0, 2.0, True, 1.0, jump=True)
     node.handle(up("b"), 3.5)  # too late for this round: a portion more than was cut would make mass
     assert node.handle(computed(0), 4.0) == [Send(("a",), Update(0, 1.0, 2.0, "mine0"))]
 

@@ -131,7 +131,9 @@ def test_what_the_wire_does_changes_no_model(
     disturb(undisturbed[0], tmp_path, FAULTS[fault], [(0, offset), (1, offset)], direction)
 
 
-@pytest.mark.parametrize(("offset", "direction"), [(3_000, "there"), (9_000, "back")])  # in an early update, a later one
+@pytest.mark.parametrize(
+    ("offset", "direction"), [(3_000, "there"), (9_000, "back")]
+)  # in an early update, a later one
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_the_wire_does_to_an_update_changes_no_model_and_is_told(
     undisturbed: tuple[Path, bytes, list[bytes]], tmp_path: Path, fault: str, offset: int, direction: str

@@ -23,7 +23,6 @@ from p2pfl.messages import (
     Compute,
     Computed,
     Connect,
-    Contribution,
     Disconnect,
     Done,
     Effect,
@@ -414,9 +413,8 @@ class Engine:
         folded, saved, parcel = None, None, None
         outcome: Computed | Leave
         if job.round > 0 or job.contributions:
-            folded = worker.fold(
-                [Contribution(c.peer, c.round, c.weight, cargo_of(c).vector) for c in job.contributions]
-            )
+            vectors = tuple(replace(c, vector=cargo_of(c).vector) for c in job.contributions)
+            folded = worker.fold(replace(job, contributions=vectors))
             for why, invariant in self._ledger.enter(life, job, caught_up, worker.reading):
                 self._require(why, invariant, life.name)
         if life.save:

@@ -12,20 +12,20 @@ Checkpoints are kept in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from p2pfl import config
-from p2pfl.config import Experiment
+from p2pfl.config import MESSAGE_LIES, Experiment
 from p2pfl.learner import TorchLearner, make_learner
-from p2pfl.messages import Compute, Contribution, Folded, Happened, RoundEnded, Trained, TrainingFailed
+from p2pfl.messages import Compute, Folded, Happened, RoundEnded, Trained, TrainingFailed
 from p2pfl.mixing import Probe
 from p2pfl.node import Node, Settings
 from p2pfl.records import Line, Run, event_line, round_line, write_text
 from p2pfl.rng import stream
-from p2pfl.runtime import common_settings, fold_into, train_for, usable_norm, write_model
+from p2pfl.runtime import common_settings, usable_norm, write_model
 from p2pfl.sim.engine import Engine
 from p2pfl.sim.faults import ClockJump, Corrupt, Crash, Delay, DiskFull, Fault, Lie, Lose, Partition, Pause, Slow
 from p2pfl.sim.invariants import Broken
@@ -33,6 +33,7 @@ from p2pfl.sim.scenario import Scenario
 from p2pfl.sim.world import Life
 from p2pfl.swarm import Ended, Ground, Outcome, conclude, prepare
 from p2pfl.topology import Topology
+from p2pfl.trainer import Term, Trainer
 
 COMPUTE_SECONDS = 1.0  # of a round: as in a small network of real machines, and long beside the latency
 PACE = 20.0  # times as long as that a round may take on average, before the simulation is given up …
@@ -58,7 +59,8 @@ def simulate(
     recorder = Recorder(run, schema.nbytes, observe)
 
     def make_worker(_: Scenario, name: str) -> ModelWorker:
-        return ModelWorker(make_learner(experiment, ground.parts[name], name), name, probe)
+        learner = make_learner(experiment, ground.parts[name], name)
+        return ModelWorker(Trainer(learner, experiment, name, varies=ground.graph.varies), probe)
 
     engine = Engine(scenario_of(experiment, ground), make_node, make_worker, observe=recorder.record)
     try:
@@ -130,7 +132,8 @@ def events_of(fault: config.Fault, experiment: Experiment, graph: Topology) -> l
             assert fault.by is not None
             return [ClockJump(at, node, fault.by)]
         case "lie":
-            assert fault.about is not None
+            if fault.about not in MESSAGE_LIES:
+                return []  # about what it learnt: its trainer does that
             return [Lie(at, seconds, node, fault.about)]
         case "cut":
             groups = tuple(tuple(experiment.name_of(n) for n in group) for group in fault.groups or ())
@@ -154,41 +157,50 @@ def no_time() -> float:
 
 
 class ModelWorker:
-    """A real learner, mixed and trained as `runtime` does it."""
+    """A real trainer, that does what it does in `runtime`."""
 
     rounding = 1e-5  # float32 keeps seven digits, also of values that cancel in the reading
 
-    def __init__(self, learner: TorchLearner, name: str, probe: Probe) -> None:
-        self.learner, self._name, self._probe = learner, name, probe
-        self.reading = self._read(probe(learner.vector))
+    def __init__(self, trainer: Trainer, probe: Probe) -> None:
+        self.trainer, self._probe = trainer, probe
+        self.reading = self._read()
 
-    def _read(self, probed: Sequence[float]) -> float:
+    @property
+    def learner(self) -> TorchLearner:
+        return self.trainer.learner
+
+    @property
+    def averages(self) -> bool:
+        """See `Worker.averages`."""
+        return self.trainer.averages
+
+    def _read(self) -> float:
         """All projections in one, as large as a parameter is."""
-        return math.fsum(probed) / math.sqrt(self.learner.schema.size)
+        return math.fsum(self._probe(self.learner.vector)) / math.sqrt(self.learner.schema.size)
 
-    def fold(self, contributions: Sequence[Contribution]) -> Folded:
+    def fold(self, job: Compute) -> Folded:
         """See `Worker.fold`."""
-        terms = [(c.peer, c.weight, _as_tensor(c.vector)) for c in contributions]
-        folded = fold_into(self.learner, self._name, terms, self._probe, no_time)
-        self.reading = self._read(folded.after)
+        terms = [Term(c.peer, c.weight, _as_tensor(c.vector), c.reference) for c in job.contributions]
+        folded = self.trainer.fold(job, terms, no_time)
+        self.reading = self._read()
         return folded
 
     def train(self, job: Compute) -> tuple[Trained, object]:
         """See `Worker.train`."""
-        trained = train_for(self.learner, job, no_time)
+        trained = self.trainer.train(job, no_time)
         usable_norm(self.learner)
-        self.reading = self._read(self._probe(self.learner.vector))
-        return trained, self.learner.vector.detach().clone()
+        self.reading = self._read()
+        return trained, self.trainer.public.detach().clone()
 
     def state(self) -> object:
         """See `Worker.state`."""
-        return self.learner.state()
+        return self.trainer.state()
 
     def restore(self, state: object) -> None:
         """See `Worker.restore`."""
         assert isinstance(state, dict)
-        self.learner.restore(state)
-        self.reading = self._read(self._probe(self.learner.vector))
+        self.trainer.restore(state)
+        self.reading = self._read()
 
 
 def _as_tensor(vector: object) -> Tensor:

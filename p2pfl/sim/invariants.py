@@ -202,6 +202,7 @@ def what_came_in_time_counts(life: Life, job: Compute, effects: Sequence[Effect]
         counts = settings.weights in PUSH_SUM or life.counted.get(parcel.sender) == stake.mass
         confirmed = not settings.two_way or round in life.receipts.get(parcel.sender, ())
         alike = settings.weights not in FROM_WHOLE_GRAPH or (stake.reach == life.stake.reach and own == parcel.members)
+        alike = alike and (not settings.two_way or own == parcel.members)
         if round == job.round - 1 and counts and confirmed and alike and (parcel, round) not in life.folded:
             return f"round {round} of {parcel.sender} had come"
     return None
@@ -275,6 +276,9 @@ class Ledger:
 
     def enter(self, life: Life, job: Compute, caught_up: bool, after: float) -> Iterator[tuple[str | None, str]]:
         """Book a fold that has brought a vector to `after`; why each promise about it is broken, and its name."""
+        if not life.worker.averages:
+            self.moved(life.machine, after)
+            return
         yield self.vectors_stay_finite(life, job, after), "vectors_stay_finite"
         yield self.a_fold_is_the_weighted_mean(life, job, after), "a_fold_is_the_weighted_mean"
         yield self.both_ends_weigh_alike(life, job, caught_up, after), "both_ends_weigh_alike"

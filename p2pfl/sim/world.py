@@ -9,7 +9,7 @@ import heapq
 import itertools
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,7 +18,6 @@ import numpy as np
 from p2pfl.messages import (
     Compute,
     Computed,
-    Contribution,
     Folded,
     Goodbye,
     Gossip,
@@ -77,8 +76,12 @@ class Worker(Protocol):
     def rounding(self) -> float:
         """By how much a fold may err in the reading, relative to the largest one in it (or to 1)."""
 
-    def fold(self, contributions: Sequence[Contribution]) -> Folded:
-        """Give to each of these vectors its weight, and what is left of 1 to the own one."""
+    @property
+    def averages(self) -> bool:
+        """Whether a fold is the weighted mean of what came and the own vector, as it was sent."""
+
+    def fold(self, job: Compute) -> Folded:
+        """Mix the contributions of this job into the own vector."""
 
     def train(self, job: Compute) -> tuple[Trained, object]:
         """One round of training; and the vector as it is sent, which later calls must not change.
@@ -97,6 +100,7 @@ class Number:
     """A model of one number, which training draws `rate` of the way to a `target` of its own."""
 
     rounding = 1e-9  # far above that of float64, far below what matters
+    averages = True
 
     def __init__(self, value: float, target: float, rate: float) -> None:
         self.value, self._target, self._rate = value, target, rate
@@ -105,9 +109,9 @@ class Number:
     def reading(self) -> float:
         return self.value
 
-    def fold(self, contributions: Sequence[Contribution]) -> Folded:
-        own = 1.0 - math.fsum(c.weight for c in contributions)
-        terms = [c.weight * c.vector for c in contributions if isinstance(c.vector, float)]
+    def fold(self, job: Compute) -> Folded:
+        own = 1.0 - math.fsum(c.weight for c in job.contributions)
+        terms = [c.weight * c.vector for c in job.contributions if isinstance(c.vector, float)]
         self.value = math.fsum([own * self.value, *terms])
         return Folded(NO_SCORES, 0.0, 0.0, 0.0)
 

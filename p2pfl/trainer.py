@@ -1,0 +1,408 @@
+"""One node's part in a round, the same in every driver: train, say what is sent, and fold in what came.
+
+A `Trainer` joins a learner with the rule that the experiment has chosen, and owns what the rule remembers. It knows
+vectors only: no network, no clock, no file. What travels is one flat float32 vector of S elements: the shared part of
+the parameters, and after it that of a second vector where the rule needs one.
+
+    train      begin, local steps (each steered by the rule), and `public`: what the others will take this node's
+               vector to be, which differs from the vector itself where it is compressed, or where the node lies
+    fold       mix what came with one's own, and let the rule absorb it
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from p2pfl import rules
+from p2pfl.attacks import ATTACKS, flip_labels
+from p2pfl.compression import DIFFERENCES, GAMMA, Codec, step
+from p2pfl.config import LABEL_FLIP, VECTOR_LIES, Experiment, Fault, did_you_mean
+from p2pfl.data import import_function
+from p2pfl.learner import TorchLearner
+from p2pfl.messages import LAST, BadInput, Compute, Folded, Schema, Scores, Trained
+from p2pfl.mixing import RULES, Probe, Rule, clip, distance_to_mean, fold, nearest_neighbour_mixing
+from p2pfl.rng import stream, torch_seed
+from p2pfl.rules import Recipe
+
+NO_SCORES = Scores({})
+OUTSTANDING = 8  # rounds for which a pairwise exchange may be under way; a reply takes one round trip
+
+
+class Run(NamedTuple):
+    """Elements of a vector, from the first to before the end."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One neighbour's vector in a fold."""
+
+    peer: str
+    weight: float
+    vector: Tensor  # float32 (S,)
+    reference: int | None = None  # see `Contribution`
+
+
+# -- What an experiment says -----------------------------------------------------------------------------------------
+
+
+def recipe_of(experiment: Experiment) -> Recipe:
+    """The parts of `rules` that this experiment has chosen."""
+    mix = experiment.mix
+    return Recipe(
+        proximal=experiment.train.proximal,
+        momentum=experiment.momentum,
+        beta=mix.beta,
+        correction=mix.correction,
+        leak=mix.leak,
+        outer=mix.outer,
+        outer_lr=mix.outer_lr,
+        outer_beta=mix.outer_beta,
+    )
+
+
+def aggregator_of(experiment: Experiment) -> Rule | None:
+    """How several vectors become one; None for the plain weighted mean. BadInput for a function that is not there."""
+    mix = experiment.mix
+    if mix.rule == "mean" and not mix.nnm:
+        return None
+    if ":" in mix.rule:
+        rule = _from_function(mix.rule)
+    elif mix.rule == "clip" and mix.radius is not None:
+        rule = _clip_within(mix.radius)
+    else:
+        rule = RULES[mix.rule]
+    return _after_nearest_neighbours(rule) if mix.nnm else rule
+
+
+def _clip_within(radius: float) -> Rule:
+    return lambda vectors, weights, tolerate: clip(vectors, weights, tolerate, radius=radius)
+
+
+def _after_nearest_neighbours(rule: Rule) -> Rule:
+    return lambda vectors, weights, tolerate: rule(nearest_neighbour_mixing(vectors, tolerate), weights, tolerate)
+
+
+def _from_function(name: str) -> Rule:
+    """The user's own rule: (k, P) vectors, the own one first, their (k,) weights and b → (P,)."""
+    function = import_function(name, "mix.rule")
+
+    def rule(vectors: Tensor, weights: Tensor, tolerate: int) -> Tensor:
+        mixed = function(vectors=vectors, weights=weights, tolerate=tolerate)
+        if not isinstance(mixed, Tensor) or mixed.shape != vectors.shape[1:]:
+            got = tuple(mixed.shape) if isinstance(mixed, Tensor) else type(mixed).__name__
+            raise BadInput(f"mix.rule = {name!r} returned {got}: it must return one vector {tuple(vectors.shape[1:])}")
+        return mixed
+
+    return rule
+
+
+def codec_of(experiment: Experiment, size: int) -> Codec:
+    """How vectors of this many elements are written in this experiment."""
+    mix = experiment.mix
+    return Codec(mix.compress, size, mix.fraction, torch_seed(experiment.seed, "compress"))
+
+
+def sends_differences(experiment: Experiment, varies: bool) -> bool:
+    """Whether a node sends what has changed since its last update, which its neighbours add to what they have of it.
+
+    Where neighbours change from round to round, whole vectors are sent, as coarse as the codec makes them.
+    """
+    mix = experiment.mix
+    return mix.compress in DIFFERENCES and mix.schedule == "sync" and not varies
+
+
+def shared_runs(schema: Schema, patterns: Sequence[str], kept: frozenset[str]) -> tuple[Run, ...]:
+    """Where in the flat vector the tensors lie that match a pattern, those in `kept` aside; neighbouring ones joined.
+
+    BadInput for a pattern that matches nothing, and if nothing is shared.
+    """
+    names = [tensor.name for tensor in schema.tensors]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise BadInput(f"mix.share = {pattern!r} matches no tensor of the model{did_you_mean(pattern, names)}")
+    runs: list[Run] = []
+    start = 0
+    for tensor in schema.tensors:
+        end = start + tensor.size
+        if any(fnmatchcase(tensor.name, pattern) for pattern in patterns) and tensor.name not in kept:
+            if runs and runs[-1].end == start:
+                runs[-1] = Run(runs[-1].start, end)
+            else:
+                runs.append(Run(start, end))
+        start = end
+    if not runs:
+        raise BadInput("mix.share and mix.norms leave nothing to be shared: share more, or train alone")
+    return tuple(runs)
+
+
+# -- The trainer -----------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """A learner, the rule, and what the rule remembers. Used by one thread at a time."""
+
+    def __init__(self, learner: TorchLearner, experiment: Experiment, name: str, *, varies: bool) -> None:
+        """`varies`: whether the graph changes from round to round. BadInput for a rule that does not fit the model."""
+        self.learner = learner
+        self._experiment = experiment
+        self._name = name
+        self._recipe = recipe_of(experiment)
+        self._rule = aggregator_of(experiment)
+        kept = learner.norms if experiment.mix.norms == "own" else frozenset[str]()
+        self._runs = shared_runs(learner.schema, experiment.mix.shared, kept)
+        self._probe = Probe(learner.schema.size, stream(0, "probe"))
+        vector = learner.vector
+        self._memory = {name: torch.zeros_like(vector) for name in rules.memory_names(self._recipe)}
+        self._rate, self._steps = learner.rate(0), learner.steps
+        self._extra: Tensor | None = None
+        self._everything = self._runs == (Run(0, vector.numel()),)
+        shared = sum(run.end - run.start for run in self._runs)
+        self.size = shared * rules.vectors_sent(self._recipe)  # S
+        self.codec = codec_of(experiment, self.size)
+        self.differences = sends_differences(experiment, varies)
+        self._gamma = experiment.mix.gamma or (GAMMA[self.codec.name] if self.differences else 1.0)
+        # Plain averaging of whole vectors needs no memory but theirs.
+        self._in_place = self._everything and self.size == vector.numel()
+        self._own = (
+            vector if self._in_place else self._gather(vector, self._second(vector))
+        )  # (S,): what there is to send
+        self._mixed = self._own if self._is_plain() else vector.new_empty(self.size)
+        self.public = self._own  # (S,): what the others make of it
+        self.replica: Tensor | None = None  # (S,): what they have, if they get differences only
+        self.starts_alike = experiment.starts_alike
+        if self.differences:
+            self.replica = self.start
+        self.change: Tensor | None = None  # (S,): the newest difference, before it was written down in fewer bytes
+        lies = [fault for fault in experiment.faults_for(name) if fault.about in VECTOR_LIES]
+        self._lies: tuple[Fault, ...] = tuple(lies)
+        self._heard = vector.new_empty((0, self.size))  # for a lie that depends on it
+        self._sent: deque[tuple[int, Tensor]] = deque(maxlen=OUTSTANDING)  # pairwise: (round, what was public)
+        self._running: Tensor | None = None  # (S,): the sum of all that was ever sent to one neighbour
+        self._absorbed: dict[str, Tensor] = {}  # peer → (S,): that sum as it came last
+        if experiment.mix.schedule == "push-sum":
+            self._running = vector.new_zeros(self.size)
+
+    @property
+    def averages(self) -> bool:
+        """Whether a fold is the weighted mean of what came and of the own vector, all of it as it was sent."""
+        mix = self._experiment.mix
+        lies = any(fault.about in VECTOR_LIES for fault in self._experiment.faults)
+        linear = self._rule is None and mix.outer == "none" and mix.schedule in ("sync", "gossip")
+        return linear and self._everything and self.codec.name == "none" and not lies
+
+    @property
+    def start(self) -> Tensor:
+        """What everybody's vector is at first, (S,): zeros, if each draws its own."""
+        vector = self.learner.vector
+        return self._gather(vector, self._second(vector)).mul_(1.0 if self.starts_alike else 0.0)
+
+    def _is_plain(self) -> bool:
+        return self._in_place and not self._memory and self._rule is None and self.codec.name == "none"
+
+    # -- Training ----------------------------------------------------------------------------------------------------
+
+    def train(self, job: Compute, clock: Callable[[], float]) -> Trained:
+        """One round of local training, and what is then to be sent. Where push-sum says so, the vector goes another
+        part of the way. `clock` gives seconds. TrainingFailed if the loss is not finite."""
+        learner, vector = self.learner, self.learner.vector
+        begin = clock()
+        rules.begin(self._recipe, self._memory, vector)
+        self._rate, self._steps = learner.rate(job.round), learner.steps
+        start = vector.clone() if job.step != 1.0 else None
+        steered = bool(self._memory) and self._steps > 0
+        relabel = flip_labels if LABEL_FLIP in self._lies_in(job.round) else None
+        loss = learner.train(job.round, self._steer if steered else None, relabel)
+        if start is not None:
+            vector.sub_(start).mul_(job.step).add_(start)
+        self._put_out(job)
+        trained_at = clock()
+        scores = learner.evaluate() if self._is_evaluated(job.round) else NO_SCORES
+        return Trained(loss, scores, trained_at - begin, clock() - trained_at)
+
+    def _steer(self, grads: Tensor, values: Tensor) -> None:
+        rules.steer(self._recipe, self._memory, grads, values, self._rate, self._steps)
+
+    def _is_evaluated(self, round: int) -> bool:
+        train = self._experiment.train
+        return (round + 1) % train.evaluate_every == 0 or round == train.rounds - 1
+
+    def _second(self, vector: Tensor) -> Tensor | None:
+        return rules.extra(self._recipe, self._memory, vector, self._rate, max(self._steps, 1))
+
+    def _put_out(self, job: Compute) -> None:
+        """Note what there is to send, and what the others will make of it."""
+        vector = self.learner.vector
+        self._extra = self._second(vector)
+        if not self._in_place:
+            self._gather(vector, self._extra, out=self._own)
+        self.public = self._own
+        for about, strength in self._lies_in(job.round).items():
+            if about in ATTACKS:
+                attack, usual = ATTACKS[about]
+                random = torch.Generator().manual_seed(torch_seed(self._experiment.seed, "lie", self._name, job.round))
+                self.public = attack(self._own, self._heard, strength or usual, random)
+        if self.replica is not None:
+            self.change = self.public - self.replica
+            self.replica.add_(self.codec.approximate(self.change, self.number(job.round)))
+            self.public = self.replica
+        elif self.codec.name != "none":
+            self.change = self.public
+            self.public = self.codec.approximate(self.public, self.number(job.round))
+        if self._running is not None:
+            self._hand_out(self._running, job)
+        if self._experiment.mix.schedule == "pairwise":
+            self._sent.append((job.round, self.public.clone()))
+
+    def number(self, round: int) -> int:
+        """The random number of this node's codec in this round, which its neighbours know as well."""
+        return codec_number(self._experiment.seed, self._name, round)
+
+    def _lies_in(self, round: int) -> dict[str, float | None]:
+        """What it lies about in this round, and how strongly if that is given."""
+        rounds = self._experiment.train.rounds
+        return {
+            fault.about: fault.strength
+            for fault in self._lies
+            if fault.about is not None and fault.round <= round < fault.round + (fault.rounds or rounds)
+        }
+
+    def _hand_out(self, running: Tensor, job: Compute) -> None:
+        """Push-sum with running sums: hand as much to each of `job.told` neighbours as one keeps.
+
+        What float32 does not hold of such a portion stays here, so that nothing is lost however long the sums grow.
+        """
+        before = running.clone()
+        running.add_(self._own, alpha=job.portion)
+        left = self._own.mul(job.portion).sub_(running - before)  # of each portion
+        if job.told:
+            self._own.add_(left, alpha=job.told / job.portion)
+        self._scatter(self._own, self.learner.vector)
+        self.public = running
+
+    # -- Mixing ------------------------------------------------------------------------------------------------------
+
+    def fold(self, job: Compute, terms: Sequence[Term], clock: Callable[[], float]) -> Folded:
+        """Mix these vectors into the own one, and look how good it is. `clock` gives seconds."""
+        vector = self.learner.vector
+        begin = clock()
+        terms = [Term(t.peer, t.weight, t.vector.to(vector.device), t.reference) for t in terms]
+        if self._lies:
+            self._heard = torch.stack([term.vector for term in terms]) if terms else self._heard[:0]
+        linear = self._rule is None and self.replica is None and self._running is None
+        shared = self.size // rules.vectors_sent(self._recipe)
+        consensus = distance_to_mean(self.public[:shared], [t.vector[:shared] for t in terms])
+        before = self._probe(vector) if linear else ()
+        if job.jump:
+            self._jump(terms)
+        else:
+            self._absorb(self._mix(job, terms))
+        if job.restart:
+            rules.restart(self._recipe, self._memory)
+        after = self._probe(vector) if linear else ()
+        mixed_at = clock()
+        scores = self.learner.evaluate() if self._is_evaluated(job.round - 1) else NO_SCORES
+        return Folded(scores, consensus, mixed_at - begin, clock() - mixed_at, before, after)
+
+    def _mix(self, job: Compute, terms: Sequence[Term]) -> Tensor:
+        """The mixed (S,), in the memory that is there for it."""
+        if job.kept is not None:
+            return self._add_differences(job.kept, terms)
+        base = self._own if self.codec.name == "none" else self.public
+        mixed = self._aggregate(base, terms)
+        if self.codec.name != "none":  # what is lost on the way to the others must not be lost here
+            mixed = self._mixed.copy_(step(self._own, mixed, base, self._gamma))
+        return mixed
+
+    def _aggregate(self, own: Tensor, terms: Sequence[Term]) -> Tensor:
+        if self._rule is None:
+            fold(own, [(term.peer, term.weight, term.vector) for term in terms], self._name, out=self._mixed)
+            return self._mixed
+        if not terms:
+            return self._mixed.copy_(own)
+        weights = torch.tensor([1.0 - sum(term.weight for term in terms), *(term.weight for term in terms)])
+        vectors = torch.stack([own, *(term.vector for term in terms)])
+        return self._mixed.copy_(self._rule(vectors, weights, self._experiment.mix.tolerate))
+
+    def _add_differences(self, kept: float, terms: Sequence[Term]) -> Tensor:
+        """kept * own + sum_j w_j (vector_j - reference_j)."""
+        mixed = torch.mul(self._own, kept, out=self._mixed)
+        for term in terms:
+            if term.reference == LAST:
+                reference = self._absorbed.get(term.peer)
+                self._absorbed[term.peer] = term.vector.clone()
+            else:
+                reference = dict(self._sent)[term.reference] if term.reference is not None else None
+            mixed.add_(term.vector if reference is None else term.vector - reference, alpha=term.weight)
+        return mixed
+
+    def _absorb(self, mixed: Tensor) -> None:
+        vector = self.learner.vector
+        if self._is_plain():
+            return  # it was mixed where it lies
+        mixed_vector = mixed[: vector.numel()] if self._everything else self._scatter(mixed, vector.clone())
+        mixed_extra = None
+        if self._extra is not None:
+            rest = mixed[self.size // 2 :]
+            mixed_extra = rest if self._everything else self._scatter(rest, self._extra.clone())
+        if self._steps:
+            arguments = mixed_vector, self._extra, mixed_extra, self._rate, self._steps
+            rules.absorb(self._recipe, self._memory, vector, *arguments)
+        else:
+            vector.copy_(mixed_vector)
+
+    def _jump(self, terms: Sequence[Term]) -> None:
+        """Take others' newest models in place of rounds that were missed: the rule has nothing to learn from that."""
+        vector = self.learner.vector
+        mixed = self._aggregate(self._gather(vector, self._second(vector)), terms)
+        self._scatter(mixed, vector)
+
+    # -- Where the shared part lies ----------------------------------------------------------------------------------
+
+    def _gather(self, vector: Tensor, extra: Tensor | None, out: Tensor | None = None) -> Tensor:
+        both = (vector,) if extra is None else (vector, extra)
+        return torch.cat([whole[run.start : run.end] for whole in both for run in self._runs], out=out)
+
+    def _scatter(self, shared: Tensor, vector: Tensor) -> Tensor:
+        start = 0
+        for run in self._runs:
+            end = start + run.end - run.start
+            vector[run.start : run.end].copy_(shared[start:end])
+            start = end
+        return vector
+
+    # -- State -------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of everything that a bit-equal continuation needs, on the CPU, by name."""
+        return self.learner.state() | {name: tensor.to("cpu", copy=True) for name, tensor in self._own_state().items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` gave; BadInput, and no change at all, if it does not fit."""
+        ours = self._own_state()
+        for name, tensor in ours.items():
+            if name not in state or state[name].shape != tensor.shape:
+                raise BadInput(f"the saved state lacks {name!r}, or holds another: it is of another rule or model")
+        self.learner.restore({name: tensor for name, tensor in state.items() if name not in ours})
+        for name, tensor in ours.items():
+            tensor.copy_(state[name])
+
+    def _own_state(self) -> dict[str, Tensor]:
+        state = {f"rule.{name}": tensor for name, tensor in self._memory.items() if name != "start"}
+        if self.replica is not None:
+            state["rule.replica"] = self.replica
+        return state
+
+
+def codec_number(seed: int, name: str, round: int) -> int:
+    """The number of which a random codec draws what `name` sends in this round."""
+    return torch_seed(seed, "compress", name, round)
