@@ -3,7 +3,7 @@
 A module imports only modules before it in this list (`tests/test_layers.py` checks it):
 
     values    messages · composition · config · rng
-    logic     weights · conduct · membership · node · topology
+    logic     weights · asynchronous · conduct · membership · node · topology
     logic     mixing · rules · attacks · compression
     logic     wire · identity · envelope · replicas · records · analysis
     edges     data · models · learner · trainer · checkpoint · link · control

@@ -1,7 +1,8 @@
 """What a peer's mistakes cost it: counts, a limit on log lines, quarantine. Pure bookkeeping; never touches a link.
 
 Every mistake is counted under its code. Of the same peer and code, one line a second is logged and says how many were
-left out. Mistakes that no accident explains exclude their maker for ten minutes, doubling each time.
+left out. Mistakes that no accident explains exclude their maker for ten minutes, doubling each time. What others say
+of a peer excludes nobody: but where an accident may happen three times, of the accused it is the first that counts.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Conduct:
         self._logged: dict[tuple[str, str], tuple[float, int]] = {}  # (peer, code) → when, and left out since
         self._strikes: dict[tuple[str, str], int] = {}
         self._quarantines: dict[str, tuple[int, float]] = {}  # peer → how many so far, and when the last one ends
+        self._accusers: dict[tuple[str, str], frozenset[str]] = {}  # (peer, code) → who has accused it of that
 
     def rejected(self, peer: str, code: str, now: float) -> Verdict:
         """Count one mistake of `peer` at time `now` (seconds, monotonic) and say what follows from it."""
@@ -52,13 +54,27 @@ class Conduct:
         _remember(self._logged, (peer, code), (now, 0) if log else (when, left_out + 1))
         return Verdict(log, left_out if log else 0, self._quarantine(peer, code, now))
 
+    def accused(self, by: str, peer: str, code: str) -> bool:
+        """Remember that `by` has shut `peer` out for this; False if it has said so before.
+
+        Whoever is not worth a second look loses nothing by it: only what oneself has found counts as a strike.
+        """
+        accusers = self._accusers.get((peer, code), frozenset())
+        _remember(self._accusers, (peer, code), accusers | {by})
+        return by not in accusers
+
+    def was_quarantined(self, peer: str) -> bool:
+        """Whether it was ever shut out here."""
+        return peer in self._quarantines
+
     def _quarantine(self, peer: str, code: str, now: float) -> float:
         before, until = self._quarantines.get(peer, (0, now))
         if code not in STRIKES or now < until:  # what was under way when it was shut out is the same offence
             return 0.0
         strikes = self._strikes.get((peer, code), 0) + 1
-        _remember(self._strikes, (peer, code), strikes % STRIKES[code])
-        if strikes < STRIKES[code]:
+        enough = strikes >= (1 if (peer, code) in self._accusers else STRIKES[code])
+        _remember(self._strikes, (peer, code), 0 if enough else strikes)
+        if not enough:
             return 0.0
         seconds = min(FIRST_QUARANTINE * 2.0 ** min(before, 10), MAX_QUARANTINE)
         _remember(self._quarantines, peer, (before + 1, now + seconds))

@@ -89,7 +89,9 @@ PROCESS_FAULTS = ("kill", "restart", "pause")  # what can be done to real proces
 MessageLie = Literal["mass", "reach", "round", "heartbeat", "goodbye", "deaths"]
 MESSAGE_LIES: tuple[MessageLie, ...] = get_args(MessageLie)
 LABEL_FLIP = "label-flip"
-VECTOR_LIES = ("negate", "noise", "scale", "alie", "ipm", "dissensus", "nan", LABEL_FLIP)  # see `attacks`
+VectorLie = Literal["negate", "noise", "scale", "alie", "ipm", "dissensus", "nan", "label-flip"]  # see `attacks`
+VECTOR_LIES: tuple[VectorLie, ...] = get_args(VectorLie)
+Lied = Literal[MessageLie, VectorLie]  # what a lie can be about: what it says, for seconds; what it learnt, for rounds
 
 
 class Section(BaseModel):
@@ -170,6 +172,7 @@ class DataSection(Section):
     sizes: tuple[Annotated[float, Field(gt=0)], ...] = ()  # sizes: shares of the rows, in the order of the nodes
     shards: int = Field(2, ge=1)  # shards: pieces of the label-sorted rows that each node gets
     test_fraction: float = Field(0.2, gt=0, lt=1)  # rows that nobody trains on
+    test: Literal["common", "own"] = "common"  # test rows: the same for all nodes, or of each node's own share
 
 
 class ModelSection(Section):
@@ -296,12 +299,7 @@ class Fault(Section):
     jitter: float | None = Field(None, ge=0)  # seconds
     factor: float | None = Field(None, gt=0)
     by: float | None = None  # seconds
-    about: (
-        MessageLie  # for `seconds`
-        # what it learnt: for `rounds`, with `strength`
-        | Literal["negate", "noise", "scale", "alie", "ipm", "dissensus", "nan", "label-flip"]
-        | None
-    ) = None
+    about: Lied | None = None
     rounds: int | None = Field(None, ge=1)  # lie: for how many, from `round` on; to the end if nothing is said
     strength: float | None = None  # lie: the one that `attacks` gives it, if nothing is said
 
@@ -611,8 +609,6 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         fields = _fields_at(location[:-1])
         return f"unknown key {where}{did_you_mean(location[-1], fields)}"
-    if first["type"] == "literal_error" and location[0] == "mix":
-        return f"{where} = {first['input']!r} is not in this version, which has {first['ctx']['expected']}"
     if first["type"] == "literal_error":
         return f"{where} = {first['input']!r} is not one of {first['ctx']['expected']}"
     message = first["msg"].removeprefix("Value error, ")

@@ -100,25 +100,42 @@ class Table:
 def load_part(experiment: Experiment, index: int) -> Part:
     """The part of node number `index` of `experiment.topology.names`, as `up` and `simulate` share the rows out.
 
-    The test rows are held out first and are the same for every node. BadInput if the data cannot be read or shared.
+    Common test rows are held out first and are the same for every node; own ones are held out of the node's share of
+    all rows, so that they are like those that it trains on. BadInput if the data cannot be read or shared.
     """
-    table, shares, test = _shared_out(experiment)
-    return take(table, shares[index], test)
+    table, shares = _shared_out(experiment)
+    return take(table, *shares[index])
 
 
 def load_parts(experiment: Experiment) -> list[Part]:
     """The parts of all nodes, as `load_part` gives them; but the data are read once."""
-    table, shares, test = _shared_out(experiment)
-    return [take(table, own, test) for own in shares]
+    table, shares = _shared_out(experiment)
+    alike = experiment.data.test == "common" and not table.standardise
+    parts: list[Part] = []
+    for own in shares:
+        part = take(table, *own)
+        # Test rows that are the same for all need lie in memory once only, however many nodes there are.
+        parts.append(Part(part.train, parts[0].test) if alike and parts else part)
+    return parts
 
 
-def _shared_out(experiment: Experiment) -> tuple[Table, list[Indices], Indices]:
-    """All rows, the numbers of those that each node trains on, and of those for testing."""
-    section, seed = experiment.data, experiment.seed
+def _shared_out(experiment: Experiment) -> tuple[Table, list[tuple[Indices, Indices]]]:
+    """All rows, and for each node the numbers of those that it trains on and of those that it tests on."""
+    section, seed, names = experiment.data, experiment.seed, experiment.topology.names
     table = read_table(section)
-    train, test = hold_out(table.targets, section.test_fraction, seed)
-    shares = split_rows(table.targets[train], len(experiment.topology.names), section, seed)
-    return table, [train[own] for own in shares], test
+    if section.test == "common":
+        train, test = hold_out(table.targets, section.test_fraction, seed)
+        shares = split_rows(table.targets[train], len(names), section, seed)
+        return table, [(train[own], test) for own in shares]
+    shares = split_rows(table.targets, len(names), section, seed)
+    for name, own in zip(names, shares, strict=True):
+        if len(own) < 2:
+            raise BadInput(
+                f'data.test = "own" holds test rows out of each node\'s own, and {name} has a single row: '
+                'use fewer nodes, a split that is less skewed, or data.test = "common"'
+            )
+    held_out = (hold_out(table.targets[own], section.test_fraction, seed) for own in shares)
+    return table, [(own[train], own[test]) for own, (train, test) in zip(shares, held_out, strict=True)]
 
 
 def load_own(experiment: Experiment) -> Part:

@@ -229,23 +229,31 @@ def record_holds(record: MemberRecord, card: Card, federation: bytes) -> bool:
 # -- Open ------------------------------------------------------------------------------------------------------------
 
 
+def signed_manifest(manifest: bytes, signature: bytes, card: Card, federation: bytes) -> Manifest:
+    """What the owner of `card` signed of an update in this federation; BadMessage if it is nothing of the kind.
+
+    The signature is checked over the bytes as they came; they are parsed after, and nothing is allocated for them.
+    """
+    if not card.verify(SIGNING_CONTEXT, manifest, signature):
+        raise BadMessage("bad_signature", f"the manifest was not signed by {card.name}")
+    fields = unpack(manifest)
+    check_fields("manifest", fields, _CHECKS)
+    read = Manifest(**fields)  # type: ignore[arg-type]  # each field was checked above
+    if read.signer != card.signing_key:
+        raise BadMessage("bad_signature", f"the manifest names another signer than {card.name}, who signed it")
+    if read.federation != federation:
+        raise BadMessage("bad_federation", "the update is of another federation")
+    return read
+
+
 def verify(
     offer: Offer, card: Card, federation: bytes, schema: bytes, size: int, packed: Mapping[str, int] = NOTHING
 ) -> Manifest:
     """The manifest of an offer made by the owner of `card`, with the sizes of our own schema; BadMessage if not.
 
     `size`: bytes of a whole vector; `packed`: the other codecs that may come, and the bytes that each takes.
-    The signature is checked over the bytes as they came; they are parsed after, and nothing is allocated for them.
     """
-    if not card.verify(SIGNING_CONTEXT, offer.manifest, offer.signature):
-        raise BadMessage("bad_signature", "the manifest was not signed by the peer that sent it")
-    fields = unpack(offer.manifest)
-    check_fields("manifest", fields, _CHECKS)
-    manifest = Manifest(**fields)  # type: ignore[arg-type]  # each field was checked above
-    if manifest.signer != card.signing_key:
-        raise BadMessage("bad_signature", "the manifest names another signer than the peer that sent it")
-    if manifest.federation != federation:
-        raise BadMessage("bad_federation", "the update is of another federation")
+    manifest = signed_manifest(offer.manifest, offer.signature, card, federation)
     expected = size if manifest.codec == WHOLE else packed.get(manifest.codec)
     if expected is None:
         raise BadMessage("bad_schema", f"an update in a codec that this experiment has not: {manifest.codec[:20]!r}")

@@ -8,7 +8,7 @@ restore. This file never touches the network, the clock or a file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -77,14 +77,17 @@ class Learner(Protocol):
         """Copies on the CPU with the names and shapes of the module's state_dict, integer buffers included."""
 
 
-def make_learner(experiment: Experiment, part: Part, name: str) -> TorchLearner:
-    """The learner of the node `name`: the experiment's model on the node's part of the data."""
+def make_learner(experiment: Experiment, part: Part, name: str, vector: Tensor | None = None) -> TorchLearner:
+    """The learner of the node `name`: the experiment's model on the node's part of the data.
+
+    `vector`: where its parameters are to lie, as for `TorchLearner`.
+    """
     outputs = len(part.train.classes) or 1
     shape = tuple(part.train.inputs.shape[1:])
     seed = experiment.seed if experiment.starts_alike else torch_seed(experiment.seed, "start", name)
     module = build(experiment.model, shape, outputs, seed)
     device = pick_device(experiment.train.device)
-    return TorchLearner(module, part, experiment.train, seed=experiment.seed, name=name, device=device)
+    return TorchLearner(module, part, experiment.train, seed=experiment.seed, name=name, device=device, vector=vector)
 
 
 def pick_device(text: str) -> torch.device:
@@ -221,7 +224,9 @@ class TorchLearner:
         seed: int,
         name: str,
         device: str | torch.device = "cpu",
+        vector: Tensor | None = None,
     ) -> None:
+        """`vector`: memory for the parameters, flat float32 of their number on `device`; new memory if not given."""
         self.module = module
         self.section = section
         self.samples = len(part.train)
@@ -235,7 +240,7 @@ class TorchLearner:
         floating = {name: tensors[name] for name in sorted(set(self._first.values()))}
         self.norms = frozenset(name for name in norm_tensors(module) if name in floating)
         self.schema = Schema(tuple(TensorSpec(name, "float32", tuple(t.shape)) for name, t in floating.items()))
-        self.vector = torch.empty(self.schema.size, device=self._device)
+        self.vector = torch.empty(self.schema.size, device=self._device) if vector is None else vector
         self._grads = torch.zeros_like(self.vector)
         self._views = split_vector(self.vector, self.schema)
         for name, grad in split_vector(self._grads, self.schema).items():
@@ -244,7 +249,11 @@ class TorchLearner:
             tensor.data = view
             if tensor.requires_grad:
                 tensor.grad = grad
-        self._stretches = self._trained_stretches(floating)
+        self.trained = trained_runs(floating.values())
+        self._stretches = [
+            Stretch(self.vector[start:end], self._grads[start:end], optimizer_memory(section, self.vector[start:end]))
+            for start, end in self.trained
+        ]
         self._step = sgd_step if section.optimizer == "sgd" else adam_step
 
         self._train = part.train.inputs.to(self._device), part.train.targets.to(self._device)
@@ -255,22 +264,6 @@ class TorchLearner:
         self._test = list(
             zip(torch.split(test[0], EVALUATION_ROWS), torch.split(test[1], EVALUATION_ROWS), strict=True)
         )
-
-    def _trained_stretches(self, floating: Mapping[str, Tensor]) -> list[Stretch]:
-        """The runs of neighbouring tensors that are trained: one run, unless something frozen lies in between."""
-        bounds: list[list[int]] = []
-        start = 0
-        for tensor in floating.values():
-            end = start + tensor.numel()
-            if tensor.requires_grad and bounds and bounds[-1][1] == start:
-                bounds[-1][1] = end
-            elif tensor.requires_grad:
-                bounds.append([start, end])
-            start = end
-        if not bounds:
-            raise BadInput("the model has nothing to train: none of its floating parameters requires a gradient")
-        runs = [(self.vector[start:end], self._grads[start:end]) for start, end in bounds]
-        return [Stretch(values, grads, optimizer_memory(self.section, values)) for values, grads in runs]
 
     @property
     def steps(self) -> int:
@@ -294,7 +287,7 @@ class TorchLearner:
             for rows in batches(self.samples, self.section, order):
                 rows = rows.to(self._device)
                 self._grads.zero_()
-                loss = self._loss(self.module(inputs.index_select(0, rows)), targets.index_select(0, rows), "mean")
+                loss = loss_of(self.module(inputs.index_select(0, rows)), targets.index_select(0, rows), "mean")
                 loss.backward()  # type: ignore[no-untyped-call]
                 for stretch in self._stretches:
                     decay(stretch, self.section)
@@ -309,16 +302,14 @@ class TorchLearner:
             return self._loss_without_training()
         mean = sum(loss.item() * rows for loss, rows in losses) / sum(rows for _, rows in losses)
         if not math.isfinite(mean):
-            raise TrainingFailed(
-                f"the training loss became {mean} in round {round}: lower train.lr (now {lr:g}), or scale the data"
-            )
+            raise TrainingFailed(diverged(mean, round, lr))
         return mean
 
     @torch.no_grad()
     def _loss_without_training(self) -> float:
         self.module.eval()
         pieces = zip(*(torch.split(part, EVALUATION_ROWS) for part in self._train), strict=True)
-        return sum(self._loss(self.module(x), y, "sum").item() for x, y in pieces) / self.samples
+        return sum(loss_of(self.module(x), y, "sum").item() for x, y in pieces) / self.samples
 
     @torch.no_grad()
     def evaluate(self) -> Scores:
@@ -327,19 +318,13 @@ class TorchLearner:
         loss, right = 0.0, 0
         for inputs, targets in self._test:
             outputs = self.module(inputs)
-            loss += self._loss(outputs, targets, "sum").item()
+            loss += loss_of(outputs, targets, "sum").item()
             if self._classifies:
                 right += int((outputs.argmax(dim=1) == targets).sum())
         loss /= self._test_rows
         if self._classifies:
             return Scores({"loss": loss, "accuracy": right / self._test_rows})
         return Scores({"loss": loss, "rmse": math.sqrt(loss)})
-
-    def _loss(self, outputs: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        """Cross-entropy of (rows, classes) against class numbers; squared error of (rows,) or (rows, 1)."""
-        if self._classifies:
-            return F.cross_entropy(outputs, targets, reduction=reduction)
-        return F.mse_loss(outputs.reshape(targets.shape), targets, reduction=reduction)
 
     def _check_views(self) -> None:
         tensors = self.module.state_dict(keep_vars=True)
@@ -394,6 +379,18 @@ class TorchLearner:
         return live
 
 
+def loss_of(outputs: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy of (rows, classes) against class numbers; squared error of (rows,) or (rows, 1) against others."""
+    if targets.dtype == torch.int64:
+        return F.cross_entropy(outputs, targets, reduction=reduction)
+    return F.mse_loss(outputs.reshape(targets.shape), targets, reduction=reduction)
+
+
+def diverged(loss: float, round: int, lr: float) -> str:
+    """What is said of a training loss that is not finite."""
+    return f"the training loss became {loss} in round {round}: lower train.lr (now {lr:g}), or scale the data"
+
+
 # -- Modules and their tensors ---------------------------------------------------------------------------------------
 
 
@@ -401,6 +398,23 @@ def split_vector(vector: Tensor, schema: Schema) -> dict[str, Tensor]:
     """Name → view of the flat (P,) vector in the tensor's shape."""
     pieces = torch.split(vector, [tensor.size for tensor in schema.tensors])
     return {tensor.name: piece.view(tensor.shape) for tensor, piece in zip(schema.tensors, pieces, strict=True)}
+
+
+def trained_runs(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """(start, end) in the flat vector of the neighbouring tensors that are trained: one run, unless something frozen
+    lies in between. BadInput if there is none."""
+    runs: list[tuple[int, int]] = []
+    start = 0
+    for tensor in tensors:
+        end = start + tensor.numel()
+        if tensor.requires_grad and runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], end)
+        elif tensor.requires_grad:
+            runs.append((start, end))
+        start = end
+    if not runs:
+        raise BadInput("the model has nothing to train: none of its floating parameters requires a gradient")
+    return runs
 
 
 def check_module(module: nn.Module, batch_rows: int) -> tuple[str, ...]:

@@ -33,10 +33,11 @@ from typing import TypeAlias, get_args
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from p2pfl.envelope import WHOLE, Buffers, Opening, Sealed, record_holds, sign_record, verify
+from p2pfl.envelope import WHOLE, Buffers, Opening, Sealed, record_holds, sign_record, signed_manifest, verify
 from p2pfl.identity import Identity, Member, Roster, fingerprint_of
 from p2pfl.messages import (
     PROTOCOL_VERSION,
+    Accusation,
     BadInput,
     BadMessage,
     Channel,
@@ -935,12 +936,14 @@ class Link:
         peer.left = peer.left or isinstance(message, Goodbye)
         if isinstance(message, Gossip):
             message = self._genuine(peer.name, message)
+        elif isinstance(message, Accusation):
+            self._check_evidence(peer.name, message)
         if peer.path is None:  # the other connection of the pair is not there yet, or no longer
             if isinstance(message, (Heartbeat, Goodbye, Gossip)):
                 peer.early.append(message)
             return  # what was under way on a pair that broke is lost with it
         match message:
-            case Heartbeat() | Goodbye() | Receipt() | Gossip():
+            case Heartbeat() | Goodbye() | Receipt() | Gossip() | Accusation():
                 self._events.append(Received(peer.name, message))
             case Grant(round, chunks):
                 if peer.sending is not None and peer.sending.sealed.round == round:
@@ -982,6 +985,31 @@ class Link:
                 self.successor = record.epoch
             known.append(record)
         return Gossip(tuple(known), tuple(hint for hint in gossip.hints if self._roster.by_name(hint.name) is not None))
+
+    def _check_evidence(self, by: str, accusation: Accusation) -> None:
+        """BadMessage unless the accused is a member and signed what is shown; of equivocation, what contradicts.
+
+        Whoever told us something else for that round than it told the accuser is found out by this.
+        """
+        member = self._roster.by_name(accusation.name)
+        if member is None:
+            raise BadMessage("unknown_member", f"it accuses {accusation.name}, who is not in the roster")
+        shown = tuple(zip(accusation.evidence[::2], accusation.evidence[1::2], strict=True))
+        try:
+            signed = [signed_manifest(*pair, member.card, self._greeting.experiment) for pair in shown]
+        except BadMessage as error:  # a mistake of whoever shows it
+            raise BadMessage("bad_evidence", f"against {accusation.name}: {error.why}") from None
+        one_update = len({(manifest.epoch, manifest.round, manifest.codec) for manifest in signed}) == 1
+        if accusation.code == "equivocation" and not (one_update and shown[0][0] != shown[1][0]):
+            raise BadMessage("bad_evidence", f"against {accusation.name}: no two different updates of one round")
+        accused = self._peers.get(accusation.name)
+        if accused is None:
+            return
+        for manifest, pair in zip(signed, shown, strict=True):
+            ours = accused.manifests.get((manifest.round, manifest.codec))
+            if ours is not None and manifest.epoch == accused.epoch and ours.manifest != pair[0]:
+                why = f"for round {manifest.round} it signed one update for us, another for {by}"
+                self._reject(accused.name, BadMessage("equivocation", why), (ours.manifest, ours.signature, *pair))
 
     def _reject(self, name: str, error: BadMessage, evidence: tuple[bytes, ...] = ()) -> None:
         self._events.append(Rejected(name, error.code, error.why, evidence))
@@ -1046,7 +1074,9 @@ class Link:
         peer.incoming = None
         peer.seen = manifest.round
         self._owe(peer, Grant(manifest.round, opening.chunks + 1))
-        self._events.append(Received(peer.name, Update(manifest.round, manifest.mass, manifest.reach, lease)))
+        offer = peer.manifests[manifest.round, manifest.codec]
+        evidence = (offer.manifest, offer.signature)
+        self._events.append(Received(peer.name, Update(manifest.round, manifest.mass, manifest.reach, lease, evidence)))
 
     def _repeated(self, peer: _Peer, chunk: Chunk, opening: Opening) -> None:
         """One of the chunks that an offer brings along; once no more are under way, one says where to go on."""

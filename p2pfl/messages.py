@@ -216,6 +216,22 @@ class Gossip:
     hints: tuple[Hint, ...]
 
 
+OFFENCES = ("equivocation", "bad_value", "bad_mass")  # codes of those that leave something signed behind
+
+
+@dataclass(frozen=True, slots=True)
+class Accusation:
+    """I have shut this member out, and this is what it signed: a manifest and its signature, of equivocation two.
+
+    Said to one's neighbours, once, and not passed on. Two updates signed for one round are proof. Of another offence
+    the manifest proves only who signed which sealed bytes, not what they hold: it is a reason to look closer.
+    """
+
+    name: str  # of the accused
+    code: str  # one of OFFENCES
+    evidence: tuple[bytes, ...]  # manifest, signature, and so on
+
+
 @dataclass(frozen=True, slots=True)
 class Offer:
     """The head of an update: its signed manifest and the key that opens it. The chunks follow."""
@@ -242,10 +258,13 @@ class Update:
     mass: float  # m_i of the sender
     reach: float  # sum of the masses in the sender's closed neighbourhood; push-sum: into how many portions it is cut
     vector: object  # opaque to the node
+    evidence: tuple[bytes, ...] = ()  # of one that came: its manifest and the signature, as they came
 
 
-WireMessage = Hello | Describe | Heartbeat | Grant | Resume | Refused | Goodbye | Receipt | Gossip | Offer | Chunk
-Message = Heartbeat | Goodbye | Receipt | Gossip | Update
+WireMessage = (
+    Hello | Describe | Heartbeat | Grant | Resume | Refused | Goodbye | Receipt | Gossip | Accusation | Offer | Chunk
+)
+Message = Heartbeat | Goodbye | Receipt | Gossip | Accusation | Update
 
 
 # -- What happens to a node ------------------------------------------------------------------------------------------
@@ -283,7 +302,7 @@ class Rejected:
     peer: str
     code: str
     why: str
-    evidence: tuple[bytes, ...] = ()  # signed manifests that prove it, if any
+    evidence: tuple[bytes, ...] = ()  # what its maker signed: manifest, signature, and so on; empty: nothing
     round: int = -1  # of the update that is lost by it, so that nobody waits for it; -1: none
 
 
@@ -383,6 +402,7 @@ class Compute:
     kept: float | None = None  # weight of the own vector; None: what the contributions leave of 1
     portion: float = 0.0  # push-sum with running sums: mass that is handed to each of …
     told: int = 0  # … so many neighbours, once it has trained, and that is kept
+    held: float | None = None  # the mass before that, to go on from after a crash; None: `mass`
 
 
 @dataclass(frozen=True, slots=True)

@@ -270,12 +270,25 @@ class Probe:
         self._elements = torch.from_numpy(np.sort(random.choice(size, kept, replace=False)))
         self._signs = torch.from_numpy(random.choice(np.array([-1.0, 1.0]), kept))
         self._group = torch.from_numpy(random.integers(PROJECTIONS, size=kept))
+        self._matrix: Tensor | None = None  # (kept, PROJECTIONS), made when many vectors are probed at once
 
     def __call__(self, vector: Tensor) -> tuple[float, ...]:
         """PROJECTIONS numbers, summed in float64, of a flat float32 vector."""
         picked = vector.detach()[self._elements.to(vector.device)].cpu().double()
         sums = torch.zeros(PROJECTIONS, dtype=torch.float64).index_add_(0, self._group, picked * self._signs)
         return tuple(sums.tolist())
+
+    def of_rows(self, vectors: Tensor) -> Tensor:
+        """The same numbers of each row of (n, P): (n, PROJECTIONS), float64."""
+        if self._matrix is None:
+            self._matrix = torch.zeros(len(self._elements), PROJECTIONS, dtype=torch.float64)
+            self._matrix[torch.arange(len(self._elements)), self._group] = self._signs
+        whole = len(self._elements) == vectors.shape[1]
+        sums = []
+        for rows in vectors.detach().split(max(1, BLOCK // len(self._elements))):
+            picked = rows if whole else rows[:, self._elements.to(rows.device)]
+            sums.append(picked.cpu().double() @ self._matrix)
+        return torch.cat(sums)
 
 
 def distance_to_mean(own: Tensor, vectors: Sequence[Tensor]) -> float:

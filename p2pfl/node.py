@@ -17,12 +17,15 @@ import statistics
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from p2pfl.asynchronous import Exchanges, RunningSums, merge_by_age
 from p2pfl.conduct import Conduct
 from p2pfl.membership import OTHERS, Change, Membership, Standing
 from p2pfl.messages import (
+    OFFENCES,
+    Accusation,
     Awaited,
     BadMessage,
     Compute,
@@ -112,6 +115,8 @@ class Settings:
     equal_masses: bool = True  # whether everybody's mass must be 1
     checkpoint_every: int = 25  # rounds
     staleness: float = 0  # rounds that a neighbour may be behind without being waited for; inf: nobody is waited for
+    schedule: str = "sync"  # of the others, "pairwise", "gossip" and "push-sum", none has rounds in common
+    partners: Callable[[int, tuple[str, ...]], tuple[str, ...]] | None = None  # (round, linked) → who gets its update
     join_timeout: float = 60.0
     heartbeat: float = 1.0
     silence: float = 6.0
@@ -198,6 +203,7 @@ class Node:
         # A neighbour has our update of the round that we collect, and may go `staleness` rounds on without the next.
         self._ahead = max(settings.staleness + 1, settings.drift)
         self._push_sum = settings.weights in PUSH_SUM
+        self._ages = settings.schedule == "gossip"  # the mass of an update is for how many rounds its model has learnt
         self._whole_graph = settings.weights in FROM_WHOLE_GRAPH
         self._now = now  # time of the event in hand, or of the last one
         self._effects: list[Effect] = []  # of the event in hand
@@ -210,6 +216,7 @@ class Node:
         self._next_waiting_line = now + WAITING_LINE
         self._mass = settings.mass if settings.held_mass is None else settings.held_mass  # only push-sum changes it
         self._reach = self._mass  # of the round in progress
+        self._sums = RunningSums(self._mass) if settings.schedule == "push-sum" else None
         self._counted: dict[str, float] = {}  # whose mass is in the reach, and which
         self.membership: Membership | None = None
         self._wiring: Wiring | None = None
@@ -228,6 +235,7 @@ class Node:
         self._told: tuple[str, ...] | None = None  # who gets the update of the round in progress; None: everybody
         # The newest two: a neighbour may still need the one before, if it was lost when we already went on.
         self._own_updates: list[OwnUpdate] = []
+        self._exchanges = Exchanges() if settings.schedule == "pairwise" else None
         self._trained: Trained | None = None
         self._took_part = settings.first_round > 0  # its vector holds something of others'
         self._folds_late = settings.drift <= 1 and not (settings.two_way or self._push_sum)
@@ -389,6 +397,8 @@ class Node:
                         self._gossip(peer, records, hints)
                     case Receipt(round, view):
                         self._receipt(peer, round, view)
+                    case Accusation():
+                        self._accused(peer, message)
                     case Goodbye(round, reason):
                         self._goodbye(peer, round, reason)
             case Rejected():
@@ -446,6 +456,8 @@ class Node:
             neighbour.offered, neighbour.ahead_since = -1, None
             neighbour.missed, neighbour.in_step, neighbour.degraded = 0, 0, False
             neighbour.updates.clear()
+            if self._sums is not None:
+                self._sums.forget(event.peer)
         neighbour.linked, neighbour.alive, neighbour.sought_since = True, True, None
         neighbour.epoch, neighbour.mass, neighbour.last_sign = event.epoch, event.mass, self._now
         if neighbour.ahead_since is not None:  # it may have to send again what it had begun with
@@ -506,12 +518,23 @@ class Node:
         neighbour.updated_at = self._now
         if self._push_sum and not (update.mass <= MAX_MASS and update.reach >= 1):
             why = f"round {update.round} is cut into {update.reach} portions of a mass of {update.mass}"
-            self._rejected(Rejected(peer, "bad_mass", why))
-        elif not self._push_sum and update.mass != neighbour.mass:
+            self._rejected(Rejected(peer, "bad_mass", why, update.evidence))
+        elif self._ages and not 1 <= update.mass <= MAX_MASS:
+            why = f"round {update.round} claims to have learnt for {update.mass} rounds"
+            self._rejected(Rejected(peer, "bad_mass", why, update.evidence))
+        elif self._sums is not None and not self._sums.grows(peer, update.mass):
+            why = f"round {update.round} has handed out {update.mass} in all, and more before"
+            self._rejected(Rejected(peer, "bad_mass", why, update.evidence))
+        elif not (self._push_sum or self._ages) and update.mass != neighbour.mass:
             why = f"round {update.round} weighs {update.mass}, its hello said {neighbour.mass}"
-            self._rejected(Rejected(peer, "bad_mass", why))
+            self._rejected(Rejected(peer, "bad_mass", why, update.evidence))
         else:
             self._count_if_in_step(neighbour, update.round)
+            if self._exchanges is not None:
+                newest = self._own_updates[-1].update if self._own_updates else None
+                if self._exchanges.came(peer, update, -1 if newest is None else newest.round) and newest is not None:
+                    self._send((peer,), newest)
+                return
             if update.round < self._needed and not self._folds_late:
                 return
             if self.settings.staleness > 0 or self._lacks_state:
@@ -576,23 +599,44 @@ class Node:
                 self._changed(self.membership.left(peer))
 
     def _rejected(self, event: Rejected) -> None:
+        """Count a mistake. If it shuts its maker out, the neighbours are told, as far as there is something to show."""
+        if self._judge(event) and event.evidence and event.code in OFFENCES:
+            self._send(self._listeners(), Accusation(event.peer, event.code, event.evidence))
+
+    def _accused(self, by: str, accusation: Accusation) -> None:
+        """A neighbour has shut somebody out. On hearsay nobody is; but two updates for one round prove themselves.
+
+        Not even then is it passed on: it is told by those who found it themselves, each once, and so floods nothing.
+        """
+        name, code, evidence = accusation.name, accusation.code, accusation.evidence
+        if not self.conduct.accused(by, name, code):
+            return
+        self._note("accused", peer=name, by=by, code=code, evidence=tuple(item.hex() for item in evidence))
+        # An old proof shown once more is no second offence.
+        if code == "equivocation" and name != self.settings.name and not self.conduct.was_quarantined(name):
+            self._judge(Rejected(name, code, f"{by} has two different updates that it signed for one round", evidence))
+
+    def _judge(self, event: Rejected) -> bool:
+        """Count a mistake; True if its maker is shut out for it."""
         verdict = self.conduct.rejected(event.peer, event.code, self._now)
         neighbour = self.neighbours.get(event.peer)
         if neighbour is not None:
             neighbour.heard = max(neighbour.heard, event.round)
+        evidence: dict[str, Value] = {}
+        if event.evidence:
+            evidence["evidence"] = tuple(item.hex() for item in event.evidence)
         if verdict.log:
             fields: dict[str, Value] = {"peer": event.peer, "code": event.code, "why": event.why}
             if verdict.suppressed:
                 fields["suppressed"] = verdict.suppressed
-            if event.evidence:
-                fields["evidence"] = tuple(item.hex() for item in event.evidence)
-            self._note("rejected", **fields)
+            self._note("rejected", **fields, **evidence)
         if verdict.quarantine:
             if neighbour is not None:
                 neighbour.linked = neighbour.alive = False
                 neighbour.updates.clear()
             self._effects.append(Disconnect(event.peer, verdict.quarantine))
-            self._note("quarantined", peer=event.peer, code=event.code, seconds=verdict.quarantine)
+            self._note("quarantined", peer=event.peer, code=event.code, seconds=verdict.quarantine, **evidence)
+        return verdict.quarantine > 0
 
     def _computed(self, event: Computed) -> None:
         if event.folded is not None and self._trained is not None:
@@ -603,6 +647,8 @@ class Node:
             return
         self._trained = event.trained
         listeners = self._listeners()
+        if self._exchanges is not None and self._told:
+            self._exchanges.sent(event.round, self._told[0])
         own = OwnUpdate(
             Update(event.round, self._mass, self._reach, event.update),
             self._told,
@@ -842,7 +888,30 @@ class Node:
         target = catch_up_round(own, [n.round for n in alive if n.linked], ahead)
         return max(own, min(target, max(models, default=-1)))
 
+    def _fold_sums(self, sums: RunningSums) -> None:
+        updates: dict[str, Update] = {}
+        for neighbour in self.neighbours.values():
+            for round, update in tuple(neighbour.updates.items()):
+                if update.reach == graph_reach(self._view):  # or else it counts for others than ours does
+                    updates[neighbour.name] = neighbour.updates.pop(round)
+        contributions, kept = sums.take(updates, from_now_on=self.settings.first_round > 0)
+        self._end_round(tuple(updates), ())
+        self._compute(self.round + 1, contributions, kept=kept)
+
+    def _end_round(self, merged: tuple[str, ...], missing: tuple[str, ...]) -> None:
+        self._merged, self._missing = merged, missing
+        self._waited = self._now - self._waiting_since
+        self._took_part = self._took_part or bool(merged)
+
     def _fold(self) -> None:
+        if self._exchanges is not None:
+            contributions = self._exchanges.fold(self.round)
+            self._end_round(tuple(c.peer for c in contributions), ())
+            self._compute(self.round + 1, contributions, kept=1.0)
+            return
+        if self._sums is not None:
+            self._fold_sums(self._sums)
+            return
         part, updates = self._part(self.round), dict[str, Update]()
         for neighbour in self.neighbours.values():
             if self._is_awaited(neighbour):
@@ -858,21 +927,23 @@ class Node:
             updates = {}
         own, heard = Stake(self._mass, self._reach), {name: Stake(u.mass, u.reach) for name, u in updates.items()}
         fixed = {name: weight for name, weight in part.hears.items() if weight is not None}
-        weights = weights_of(self.settings.weights, own, heard, fixed)
+        if self._ages:
+            weights, self._mass = merge_by_age(self._mass, {name: u.mass for name, u in updates.items()})
+        else:
+            weights = weights_of(self.settings.weights, own, heard, fixed)
         for name, update in updates.items():
             weights[name] *= staleness_weight(max(0.0, self._needed - update.round))
         if self._push_sum:
             self._mass = mass_after(own, heard)
-        self._merged = tuple(updates)
-        self._missing = tuple(name for name in self.neighbours if name in part.hears and name not in updates)
-        self._waited = self._now - self._waiting_since
+        missing = tuple(name for name in self.neighbours if name in part.hears and name not in updates)
+        self._end_round(tuple(updates), () if self._ages else missing)  # gossip expects nobody's
         contributions = tuple(Contribution(name, u.round, weights[name], u.vector) for name, u in updates.items())
-        self._took_part = self._took_part or bool(contributions)
+        self._mass += 1.0 if self._ages else 0.0  # it learns for another round
         self._compute(self.round + 1, contributions)
 
     def _counts(self, neighbour: Neighbour, update: Update) -> bool:
         """Whether both ends of the edge give it the same weight."""
-        if self._push_sum:
+        if self._push_sum or self._ages:
             return True
         if self._whole_graph and update.reach != self._reach:
             return False  # its weights are those of a graph over other members
@@ -901,7 +972,9 @@ class Node:
         self._trained = None  # the round that is skipped has no record
         self._compute(target, contributions, jump=True)
 
-    def _compute(self, round: int, contributions: tuple[Contribution, ...], jump: bool = False) -> None:
+    def _compute(
+        self, round: int, contributions: tuple[Contribution, ...], jump: bool = False, kept: float | None = None
+    ) -> None:
         # Degrees and masses change only here, between two rounds, and travel in the signed manifest: so both ends of
         # an edge derive its weight from the same numbers.
         before = self._view
@@ -913,7 +986,19 @@ class Node:
         self._reach = reach([self._mass, *self._counted.values()])
         if self._whole_graph:
             self._reach = graph_reach(self._view)
-        if self._push_sum:  # mass that is sent to somebody who is not there would be lost
+        train, restart, portion = round < self.settings.rounds, self._view != before, 0.0
+        held = self._mass if self._sums is None else self._sums.mass
+        step = 1.0 if self._ages else min(self.settings.mass / held, MAX_STEP)
+        if self.settings.partners is not None:
+            self._told = self.settings.partners(round, tuple(n for n in self._listeners() if n in part.tells))
+        elif self._sums is not None:
+            self._reach = graph_reach(self._view)
+            if restart:
+                self._sums.restart()
+            if train:
+                portion = self._sums.hand_out(len(part.tells))
+            self._mass = self._sums.handed_out
+        elif self._push_sum:  # mass that is sent to somebody who is not there would be lost
             self._told = tuple(name for name in self._listeners() if name in part.tells)
             self._reach = 1.0 + len(self._told)
         self.round, self._here = round, part
@@ -924,17 +1009,14 @@ class Node:
         self._send(
             tuple(n for n in self._listeners() if n in part.hears and n not in part.tells), Heartbeat(round, self._view)
         )
-        train = round < self.settings.rounds
         if train and round > self.settings.first_round and round % self.settings.checkpoint_every == 0:
             self._effects.append(Save(round))
-        step = min(self.settings.mass / self._mass, MAX_STEP)
         if self.settings.two_way:
             came = tuple(n.name for n in self.neighbours.values() if round in n.updates)
             self._send(came, Receipt(round, self._view))
-        restart = self._view != before
-        self._effects.append(
-            Compute(round, contributions, self._mass, self._reach, train, step, jump=jump, restart=restart)
-        )
+        told = len(part.tells) if portion else 0
+        job = Compute(round, contributions, self._mass, self._reach, train, step, jump, restart, kept, portion, told)
+        self._effects.append(job if self._sums is None else replace(job, held=held))
 
     # -- Who lives ---------------------------------------------------------------------------------------------------
 

@@ -187,6 +187,8 @@ def describe(line: Mapping[str, Json]) -> str:
             return f"event=rejected code={line.get('code')} peer={peer} why={why}{more}"
         case "quarantined":
             return f"keeps {peer} out for {line.get('seconds')} s ({line.get('code')})"
+        case "accused":
+            return f"hears from {line.get('by')} that it keeps {peer} out ({line.get('code')})"
         case "caught_up":
             return f"was behind and caught up with round {line.get('round')}"
         case "checkpoint_damaged":

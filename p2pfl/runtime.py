@@ -9,6 +9,7 @@ two threads at once.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import signal
 import statistics
@@ -63,8 +64,9 @@ from p2pfl.mixing import check_vector
 from p2pfl.node import Node, Settings
 from p2pfl.records import Line, NodeRecords, event_line, round_line
 from p2pfl.replicas import Replicas, whole
-from p2pfl.topology import Topology, describe, neighbourhoods, wiring
-from p2pfl.trainer import Term, Trainer, codec_number
+from p2pfl.topology import Topology, describe, neighbourhoods, partners, wiring
+from p2pfl.topology.fit import check_graph
+from p2pfl.trainer import Term, Trainer, codec_number, least_vectors
 from p2pfl.weights import mass
 
 DRAIN = 10.0  # seconds that a finished node stays to hand over its last update
@@ -111,7 +113,7 @@ class Worker:
             terms = [Term(c.peer, c.weight, as_tensor(c.vector), c.reference) for c in job.contributions]
             folded = trainer.fold(job, terms, time.perf_counter)
         if save is not None:
-            save(Checkpoint(job.round, job.mass, trainer.state()))
+            save(Checkpoint(job.round, job.mass if job.held is None else job.held, trainer.state()))
         if job.train:
             trained = trainer.train(job, time.perf_counter)
         norm = usable_norm(trainer.learner)
@@ -160,6 +162,20 @@ def usable_norm(learner: Learner) -> float:
         raise TrainingFailed(f"the own model is no longer usable: {error.why}; lower train.lr") from None
 
 
+class Norms:
+    """What is usual among the vectors that a node has accepted, so that one which is not can be refused."""
+
+    def __init__(self, own: float) -> None:
+        """`own`: L2 norm of the node's first vector, to begin with; 0.0 tells nothing."""
+        self._accepted: deque[float] = deque([own] if own else [], maxlen=NORMS)
+
+    def check(self, vector: Tensor) -> float:
+        """The L2 norm of a vector that came, from now on a usual one; BadMessage as `check_vector` says."""
+        norm = check_vector(vector, statistics.median(self._accepted) if self._accepted else None)
+        self._accepted.append(norm)
+        return norm
+
+
 def write_model(learner: Learner, path: Path) -> None:
     """The model as it is now, with the names of the module's state_dict. TrainingFailed if the disk is full."""
     draft = path.with_name(f".{path.name}.tmp")
@@ -199,7 +215,7 @@ class Runtime:
         self._epoch = epoch
         self._observe = observe
         self._before_round = before_round
-        self._norms: deque[float] = deque([norm] if norm else [], maxlen=NORMS)
+        self._norms = Norms(norm)
         self._own_norm = norm
         self._last_norms: dict[str, float] = {}
         self._save_next = False
@@ -443,12 +459,10 @@ class Runtime:
                 self._note_what_it_has(event)
             case Received(peer, Update(round, _, _, Lease() as lease) as update):
                 try:
-                    usual = statistics.median(self._norms) if self._norms else None
                     vector = self._read(peer, round, lease)
-                    norm = check_vector(as_tensor(vector), usual)
+                    norm = self._norms.check(as_tensor(vector))
                 except BadMessage as error:
-                    return Rejected(peer, error.code, error.why, round=round)
-                self._norms.append(norm)
+                    return Rejected(peer, error.code, error.why, update.evidence, round)
                 self._look_twice(peer, round, norm)
                 if isinstance(vector, Tensor):
                     self._replicas.keep(peer, round, vector)
@@ -544,6 +558,8 @@ def assemble(
     first ones, since then whoever of the roster connects is one too. The node listens at once and dials when it runs.
     BadInput for whatever cannot be built.
     """
+    if topology is not None:
+        check_graph(experiment, topology)
     learner = make_learner(experiment, part, identity.name)
     trainer = Trainer(learner, experiment, identity.name, varies=topology is not None and topology.varies)
     start = trainer.start if trainer.differences else None  # before the own one goes on from a checkpoint
@@ -596,6 +612,7 @@ def assemble(
         held_mass=found.newest.mass if found.newest is not None else None,
         first_round=found.newest.round if found.newest is not None else 0,
         needs_state=found.lost,
+        partners=partners(experiment.mix.schedule, experiment.seed, identity.name),
     )
     node = Node(settings, time.monotonic())
     packed = sum(greeting.packed.values())
@@ -627,7 +644,9 @@ def common_settings(experiment: Experiment) -> Settings:
         two_way=experiment.two_way,
         equal_masses=weights not in BY_ROWS,
         checkpoint_every=experiment.train.checkpoint_every,
-        staleness=float(network.staleness),
+        staleness=math.inf if experiment.mix.schedule != "sync" else float(network.staleness),
+        schedule=experiment.mix.schedule,
+        least=least_vectors(experiment),
         join_timeout=network.join_timeout,
         heartbeat=network.heartbeat,
         silence=network.silence,

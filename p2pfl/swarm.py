@@ -38,6 +38,7 @@ from p2pfl.messages import BadInput, Schema, TrainingFailed
 from p2pfl.records import Json, Line, Run, inside, summarise, write_json, write_text
 from p2pfl.runtime import assemble, leave_on_signals
 from p2pfl.topology import Topology
+from p2pfl.topology.fit import check_graph
 from p2pfl.topology.implied import implied
 from p2pfl.weights import mass
 
@@ -112,6 +113,7 @@ def check_faults(experiment: Experiment) -> None:
 def prepare(experiment: Experiment, run: Run) -> Ground:
     """Build the graph, share out the rows, and write both down. BadInput for what is wrong with the experiment."""
     graph, weights = topology.build(experiment.topology, experiment.seed), experiment.topology.weighting
+    check_graph(experiment, graph)
     topology.neighbourhoods(graph, graph.names[0], weights)(0)  # solved, or refused, before anything starts
     torch.set_num_threads(1)  # sums in one order; and a parent whose torch has started threads must not fork
     parts = dict(zip(graph.names, load_parts(experiment), strict=True))

@@ -20,10 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from p2pfl import rules
+from p2pfl import mixing, rules
+from p2pfl.asynchronous import OUTSTANDING
 from p2pfl.attacks import ATTACKS, flip_labels
 from p2pfl.compression import DIFFERENCES, GAMMA, Codec, step
-from p2pfl.config import LABEL_FLIP, VECTOR_LIES, Experiment, Fault, did_you_mean
+from p2pfl.config import LABEL_FLIP, VECTOR_LIES, Experiment, TrainSection, did_you_mean
 from p2pfl.data import import_function
 from p2pfl.learner import TorchLearner
 from p2pfl.messages import LAST, BadInput, Compute, Folded, Schema, Scores, Trained
@@ -32,7 +33,6 @@ from p2pfl.rng import stream, torch_seed
 from p2pfl.rules import Recipe
 
 NO_SCORES = Scores({})
-OUTSTANDING = 8  # rounds for which a pairwise exchange may be under way; a reply takes one round trip
 
 
 class Run(NamedTuple):
@@ -84,6 +84,15 @@ def aggregator_of(experiment: Experiment) -> Rule | None:
     return _after_nearest_neighbours(rule) if mix.nnm else rule
 
 
+def least_vectors(experiment: Experiment) -> int:
+    """How many vectors, the own one included, a node needs before it mixes anything."""
+    mix = experiment.mix
+    if mix.rule not in RULES:  # the user's own: what it bears is its own affair
+        return 1
+    least = mixing.least_vectors(mix.rule, mix.tolerate if mix.radius is None else 0)
+    return max(least, mixing.least_vectors("trimmed-mean", mix.tolerate)) if mix.nnm else least
+
+
 def _clip_within(radius: float) -> Rule:
     return lambda vectors, weights, tolerate: clip(vectors, weights, tolerate, radius=radius)
 
@@ -119,6 +128,38 @@ def sends_differences(experiment: Experiment, varies: bool) -> bool:
     """
     mix = experiment.mix
     return mix.compress in DIFFERENCES and mix.schedule == "sync" and not varies
+
+
+def gamma_of(experiment: Experiment, varies: bool) -> float:
+    """How far a node goes towards the mean of what is known of its neighbours, where vectors are compressed."""
+    mix = experiment.mix
+    return mix.gamma or (GAMMA[mix.compress] if sends_differences(experiment, varies) else 1.0)
+
+
+def is_evaluated(train: TrainSection, round: int) -> bool:
+    """Whether nodes look at their test rows in this round."""
+    return (round + 1) % train.evaluate_every == 0 or round == train.rounds - 1
+
+
+def lies_in(experiment: Experiment, name: str, round: int) -> dict[str, float | None]:
+    """What this node lies about in this round, of what it learnt, and how strongly if that is given."""
+    rounds = experiment.train.rounds
+    return {
+        fault.about: fault.strength
+        for fault in experiment.faults_for(name)
+        if fault.about in VECTOR_LIES and fault.round <= round < fault.round + (fault.rounds or rounds)
+    }
+
+
+def as_told(experiment: Experiment, name: str, round: int, own: Tensor, heard: Tensor) -> Tensor:
+    """What this node says that its vector is: `own` (S,) itself, or what a lie makes of it and of `heard` (k, S)."""
+    told = own
+    for about, strength in lies_in(experiment, name, round).items():
+        if about in ATTACKS:
+            attack, usual = ATTACKS[about]
+            random = torch.Generator().manual_seed(torch_seed(experiment.seed, "lie", name, round))
+            told = attack(own, heard, strength or usual, random)
+    return told
 
 
 def shared_runs(schema: Schema, patterns: Sequence[str], kept: frozenset[str]) -> tuple[Run, ...]:
@@ -170,7 +211,7 @@ class Trainer:
         self.size = shared * rules.vectors_sent(self._recipe)  # S
         self.codec = codec_of(experiment, self.size)
         self.differences = sends_differences(experiment, varies)
-        self._gamma = experiment.mix.gamma or (GAMMA[self.codec.name] if self.differences else 1.0)
+        self._gamma = gamma_of(experiment, varies)
         # Plain averaging of whole vectors needs no memory but theirs.
         self._in_place = self._everything and self.size == vector.numel()
         self._own = (
@@ -183,8 +224,7 @@ class Trainer:
         if self.differences:
             self.replica = self.start
         self.change: Tensor | None = None  # (S,): the newest difference, before it was written down in fewer bytes
-        lies = [fault for fault in experiment.faults_for(name) if fault.about in VECTOR_LIES]
-        self._lies: tuple[Fault, ...] = tuple(lies)
+        self._lies = any(fault.about in VECTOR_LIES for fault in experiment.faults_for(name))
         self._heard = vector.new_empty((0, self.size))  # for a lie that depends on it
         self._sent: deque[tuple[int, Tensor]] = deque(maxlen=OUTSTANDING)  # pairwise: (round, what was public)
         self._running: Tensor | None = None  # (S,): the sum of all that was ever sent to one neighbour
@@ -220,21 +260,17 @@ class Trainer:
         self._rate, self._steps = learner.rate(job.round), learner.steps
         start = vector.clone() if job.step != 1.0 else None
         steered = bool(self._memory) and self._steps > 0
-        relabel = flip_labels if LABEL_FLIP in self._lies_in(job.round) else None
+        relabel = flip_labels if LABEL_FLIP in lies_in(self._experiment, self._name, job.round) else None
         loss = learner.train(job.round, self._steer if steered else None, relabel)
         if start is not None:
             vector.sub_(start).mul_(job.step).add_(start)
         self._put_out(job)
         trained_at = clock()
-        scores = learner.evaluate() if self._is_evaluated(job.round) else NO_SCORES
+        scores = learner.evaluate() if is_evaluated(self._experiment.train, job.round) else NO_SCORES
         return Trained(loss, scores, trained_at - begin, clock() - trained_at)
 
     def _steer(self, grads: Tensor, values: Tensor) -> None:
         rules.steer(self._recipe, self._memory, grads, values, self._rate, self._steps)
-
-    def _is_evaluated(self, round: int) -> bool:
-        train = self._experiment.train
-        return (round + 1) % train.evaluate_every == 0 or round == train.rounds - 1
 
     def _second(self, vector: Tensor) -> Tensor | None:
         return rules.extra(self._recipe, self._memory, vector, self._rate, max(self._steps, 1))
@@ -245,12 +281,7 @@ class Trainer:
         self._extra = self._second(vector)
         if not self._in_place:
             self._gather(vector, self._extra, out=self._own)
-        self.public = self._own
-        for about, strength in self._lies_in(job.round).items():
-            if about in ATTACKS:
-                attack, usual = ATTACKS[about]
-                random = torch.Generator().manual_seed(torch_seed(self._experiment.seed, "lie", self._name, job.round))
-                self.public = attack(self._own, self._heard, strength or usual, random)
+        self.public = as_told(self._experiment, self._name, job.round, self._own, self._heard) if self._lies else self._own
         if self.replica is not None:
             self.change = self.public - self.replica
             self.replica.add_(self.codec.approximate(self.change, self.number(job.round)))
@@ -266,15 +297,6 @@ class Trainer:
     def number(self, round: int) -> int:
         """The random number of this node's codec in this round, which its neighbours know as well."""
         return codec_number(self._experiment.seed, self._name, round)
-
-    def _lies_in(self, round: int) -> dict[str, float | None]:
-        """What it lies about in this round, and how strongly if that is given."""
-        rounds = self._experiment.train.rounds
-        return {
-            fault.about: fault.strength
-            for fault in self._lies
-            if fault.about is not None and fault.round <= round < fault.round + (fault.rounds or rounds)
-        }
 
     def _hand_out(self, running: Tensor, job: Compute) -> None:
         """Push-sum with running sums: hand as much to each of `job.told` neighbours as one keeps.
@@ -308,9 +330,12 @@ class Trainer:
             self._absorb(self._mix(job, terms))
         if job.restart:
             rules.restart(self._recipe, self._memory)
+            self._absorbed.clear()
+            if self._running is not None:
+                self._running.zero_()
         after = self._probe(vector) if linear else ()
         mixed_at = clock()
-        scores = self.learner.evaluate() if self._is_evaluated(job.round - 1) else NO_SCORES
+        scores = self.learner.evaluate() if is_evaluated(self._experiment.train, job.round - 1) else NO_SCORES
         return Folded(scores, consensus, mixed_at - begin, clock() - mixed_at, before, after)
 
     def _mix(self, job: Compute, terms: Sequence[Term]) -> Tensor:
@@ -337,11 +362,11 @@ class Trainer:
         """kept * own + sum_j w_j (vector_j - reference_j)."""
         mixed = torch.mul(self._own, kept, out=self._mixed)
         for term in terms:
-            if term.reference == LAST:
-                reference = self._absorbed.get(term.peer)
+            reference = None
+            if term.reference is not None:
+                reference = self._absorbed[term.peer] if term.reference == LAST else dict(self._sent)[term.reference]
+            if self._running is not None:
                 self._absorbed[term.peer] = term.vector.clone()
-            else:
-                reference = dict(self._sent)[term.reference] if term.reference is not None else None
             mixed.add_(term.vector if reference is None else term.vector - reference, alpha=term.weight)
         return mixed
 

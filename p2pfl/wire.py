@@ -19,7 +19,9 @@ from p2pfl.messages import (
     MAX_EPOCH,
     MAX_ROUND,
     NAME_PATTERN,
+    OFFENCES,
     PROTOCOL_VERSION,
+    Accusation,
     BadMessage,
     Channel,
     Chunk,
@@ -120,6 +122,7 @@ _TYPES: dict[int, tuple[type[WireMessage], dict[str, Check]]] = {
     7: (Receipt, {"round": _ROUND, "view": _integer(0, 2**32 - 1)}),
     8: (Gossip, {"records": _integer(0, MAX_GOSSIPED), "hints": _integer(0, MAX_GOSSIPED)}),
     9: (Resume, {"round": _ROUND, "start": _integer(1, 2**31)}),
+    10: (Accusation, {"name": _name, "code": _word(*OFFENCES)}),
     16: (Offer, {"signature": _bytes(64), "key": _bytes(32)}),
     17: (Chunk, {"round": _ROUND, "index": _integer(0, 2**31)}),
 }
@@ -127,7 +130,12 @@ _NUMBERS = {kind: number for number, (kind, _) in _TYPES.items()}
 _HINT: dict[str, Check] = {"name": _name, "epoch": _integer(0, MAX_EPOCH), "incarnation": _integer(0, MAX_ROUND)}
 _RECORD = _HINT | {"epoch": _integer(1, MAX_EPOCH), "address": _address, "leaving": _flag}
 _BODIES = {Offer: "manifest", Chunk: "sealed"}  # the field that travels as the body
-_BODY_LIMITS = {Offer: MAX_MANIFEST, Chunk: CHUNK + TAG, Gossip: MAX_GOSSIPED * (MAX_ENTRY + 2 + SIGNATURE)}
+_BODY_LIMITS = {
+    Offer: MAX_MANIFEST,
+    Chunk: CHUNK + TAG,
+    Gossip: MAX_GOSSIPED * (MAX_ENTRY + 2 + SIGNATURE),
+    Accusation: 2 * (MAX_MANIFEST + 2 + SIGNATURE),
+}
 
 
 # -- Encode ----------------------------------------------------------------------------------------------------------
@@ -142,6 +150,8 @@ def encode(message: WireMessage) -> tuple[bytes, memoryview | bytes]:
         return pack(header | {"records": len(message.records), "hints": len(message.hints)}), _gossip_body(message)
     for key in checks:
         header[key] = getattr(message, key)
+    if isinstance(message, Accusation):
+        return pack(header), _evidence_body(message.evidence)
     if isinstance(message, Describe):
         header[FACTS] = _shortened(message.facts)
     body = getattr(message, _BODIES[kind]) if kind in _BODIES else b""
@@ -192,6 +202,26 @@ def _read_gossip(body: memoryview | bytes, records: int, hints: int) -> Gossip:
     return Gossip(found, tuple(Hint(**fields) for fields, _ in entries[records:]))  # type: ignore[arg-type]
 
 
+def _evidence_body(evidence: tuple[bytes, ...]) -> bytes:
+    """One manifest after the other: its length as two bytes, itself, its signature."""
+    signed = zip(evidence[::2], evidence[1::2], strict=True)
+    return b"".join(len(manifest).to_bytes(2, "big") + manifest + signature for manifest, signature in signed)
+
+
+def _read_evidence(body: memoryview | bytes, manifests: int) -> tuple[bytes, ...]:
+    evidence: tuple[bytes, ...] = ()
+    rest = bytes(body)
+    for _ in range(manifests):
+        end = 2 + int.from_bytes(rest[:2], "big")
+        manifest, signature, rest = rest[2:end], rest[end : end + SIGNATURE], rest[end + SIGNATURE :]
+        if not 0 < len(manifest) <= MAX_MANIFEST or len(signature) != SIGNATURE:
+            raise BadMessage("bad_body", "a manifest that ends too early, or is too long")
+        evidence += (manifest, signature)
+    if rest:
+        raise BadMessage("bad_body", f"{len(rest)} bytes after the last manifest")
+    return evidence
+
+
 def pack(fields: Mapping[str, Field]) -> bytes:
     """A map as msgpack, without extension types."""
     packed: bytes = msgpack.packb(fields, use_bin_type=True)
@@ -221,7 +251,9 @@ def decode(header: memoryview | bytes, body: memoryview | bytes) -> WireMessage:
         raise BadMessage("bad_body", f"{kind.__name__} with a body of {len(body)} bytes; 1 to {limit} are allowed")
     if kind is Gossip:
         return _read_gossip(body, int(str(fields["records"])), int(str(fields["hints"])))
-    if kind is Offer:
+    if kind is Accusation:  # of equivocation, two manifests are the evidence
+        fields["evidence"] = _read_evidence(body, 2 if fields["code"] == "equivocation" else 1)
+    elif kind is Offer:
         fields["manifest"] = bytes(body)
     elif kind is Chunk:
         fields["sealed"] = body

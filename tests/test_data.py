@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pfl import config
-from p2pfl.data import Dataset, Part, hold_out, largest_remainder, load_own, load_part, read_csv, split_rows
+from p2pfl.data import Dataset, Part, hold_out, largest_remainder, load_own, load_part, load_parts, read_csv, split_rows
 from p2pfl.messages import BadInput
 
 
@@ -161,6 +161,24 @@ def test_digits_are_images_and_the_test_rows_are_the_same_for_every_node() -> No
     assert (parts[0].train.inputs.min(), parts[0].train.inputs.max()) == (0, 1)
     assert sum(len(part.train) for part in parts) + len(parts[0].test) == 1797
     assert parts[0].train.classes == tuple("0123456789")
+
+
+def test_own_test_rows_are_of_the_nodes_own_classes_and_nobody_trains_on_anybodys() -> None:
+    own = experiment(4, name="digits", split="shards", test="own", test_fraction=0.25)
+    parts = load_parts(own)
+    rows = [part.inputs.flatten(1) for part in (p for both in parts for p in (both.train, both.test))]
+    assert sum(map(len, rows)) == 1797
+    images = {tuple(row) for piece in rows for row in piece.tolist()}
+    assert len(images) == len({tuple(row) for row in torch.cat(rows).tolist()})  # no image lies in two of them
+    for index, part in enumerate(parts):
+        assert abs(len(part.test) - 0.25 * (len(part.train) + len(part.test))) <= 0.5
+        assert set(part.test.targets.tolist()) <= set(part.train.targets.tolist()) < set(range(10))
+        assert as_lists(load_part(own, index)) == as_lists(part)
+
+
+def test_a_single_row_cannot_be_trained_and_tested_on() -> None:
+    with pytest.raises(BadInput, match="node-2 has a single row: use fewer nodes"):
+        load_parts(experiment(4, split="sizes", sizes=[500, 300, 0.001, 200], test="own"))
 
 
 def test_another_seed_is_another_split() -> None:

@@ -19,6 +19,7 @@ LIBRARIES = {
     "config": {"pydantic", "tomli"},
     "rng": {"numpy"},
     "weights": set(),
+    "asynchronous": set(),
     "conduct": set(),
     "membership": set(),
     "node": set(),
@@ -51,7 +52,7 @@ LIBRARIES = {
     "cli": {"typer", "rich", "networkx", "matplotlib"},
 }
 FOLDERS = {
-    "topology": ("graphs", "schedules", "files", "fastest", "matrix", "__init__", "implied", "plan"),
+    "topology": ("graphs", "schedules", "files", "fastest", "matrix", "__init__", "implied", "fit", "plan"),
     "sim": ("__init__", "faults", "world", "scenario", "links", "invariants", "engine", "bench", "experiment"),
 }
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}

@@ -87,7 +87,7 @@ from p2pfl.sim.invariants import (
 from p2pfl.sim.links import Links
 from p2pfl.sim.scenario import Scenario, random_scenario
 from p2pfl.sim.world import Action, Cargo, Clock, Life, Machine, Number, Parcel, Saved, Worker, short
-from p2pfl.topology import Topology, among, neighbourhoods
+from p2pfl.topology import Topology, among, neighbourhoods, partners
 from p2pfl.topology.matrix import check_weights
 from p2pfl.weights import Stake, Wiring
 
@@ -418,7 +418,8 @@ class Engine:
             for why, invariant in self._ledger.enter(life, job, caught_up, worker.reading):
                 self._require(why, invariant, life.name)
         if life.save:
-            saved = Saved(machine.checkpoints + 1, job.round, job.mass, worker.state())
+            held = job.mass if job.held is None else job.held
+            saved = Saved(machine.checkpoints + 1, job.round, held, worker.state())
         if job.train:
             try:
                 trained, vector = worker.train(job)
@@ -538,6 +539,7 @@ class Engine:
             mass=machine.mass,
             held_mass=None if saved is None else saved.mass,
             first_round=0 if saved is None else saved.round,
+            partners=partners(common.schedule, self.scenario.seed, name),
         )
 
     def _wiring(self, name: str) -> Callable[[tuple[str, ...]], Wiring]:

@@ -25,7 +25,7 @@ from p2pfl.mixing import Probe
 from p2pfl.node import Node, Settings
 from p2pfl.records import Line, Run, event_line, round_line, write_text
 from p2pfl.rng import stream
-from p2pfl.runtime import common_settings, usable_norm, write_model
+from p2pfl.runtime import Norms, common_settings, usable_norm, write_model
 from p2pfl.sim.engine import Engine
 from p2pfl.sim.faults import ClockJump, Corrupt, Crash, Delay, DiskFull, Fault, Lie, Lose, Partition, Pause, Slow
 from p2pfl.sim.invariants import Broken
@@ -163,6 +163,7 @@ class ModelWorker:
 
     def __init__(self, trainer: Trainer, probe: Probe) -> None:
         self.trainer, self._probe = trainer, probe
+        self._norms = Norms(usable_norm(trainer.learner))
         self.reading = self._read()
 
     @property
@@ -185,6 +186,10 @@ class ModelWorker:
         self.reading = self._read()
         return folded
 
+    def check(self, vector: object) -> None:
+        """See `Worker.check`."""
+        self._norms.check(_as_tensor(vector))
+
     def train(self, job: Compute) -> tuple[Trained, object]:
         """See `Worker.train`."""
         trained = self.trainer.train(job, no_time)
@@ -200,6 +205,7 @@ class ModelWorker:
         """See `Worker.restore`."""
         assert isinstance(state, dict)
         self.trainer.restore(state)
+        self._norms = Norms(usable_norm(self.learner))
         self.reading = self._read()
 
 

@@ -163,6 +163,8 @@ def nothing_is_folded_twice(life: Life, job: Compute, effects: Sequence[Effect])
 
 def weights_make_a_mean(life: Life, job: Compute, effects: Sequence[Effect]) -> str | None:
     """No weight is negative, their sum is at most 1, and they come in the order of their names."""
+    if job.kept is not None:
+        return None  # without rounds in common it is differences that are added
     weights = [contribution.weight for contribution in job.contributions]
     if any(not 0 <= weight <= 1 for weight in weights) or math.fsum(weights) > 1 + ROUNDING:
         return f"the weights are {weights}"
@@ -175,6 +177,8 @@ def nothing_stale_is_folded(life: Life, job: Compute, effects: Sequence[Effect])
 
     Who catches up takes none that is older than where it goes.
     """
+    if job.kept is not None:
+        return None  # without rounds in common nothing is stale
     staleness, ends = life.node.settings.staleness, job.round - 1
     for contribution in job.contributions:
         if catches_up(effects):
@@ -220,7 +224,7 @@ def two_ways_or_not_at_all(life: Life, job: Compute, effects: Sequence[Effect]) 
 
 def push_sum_makes_no_mass(life: Life, job: Compute, effects: Sequence[Effect]) -> str | None:
     """With push-sum a node holds what it kept and what it was given, and no more."""
-    if life.node.settings.weights not in PUSH_SUM or life.stake is None or catches_up(effects):
+    if life.node.settings.weights not in PUSH_SUM or life.stake is None or job.kept is not None or catches_up(effects):
         return None
     stakes = [life.came[parcel_of(c), c.round] for c in job.contributions]
     held = math.fsum(stake.mass / stake.reach for stake in (life.stake, *stakes))

@@ -375,7 +375,8 @@ class Links:
         seen = self._seen(life, peer, way.sender.epoch)
         before = seen.parcels.get(update.round)
         if before is not None and before is not _parcel(update):
-            return Rejected(peer, "equivocation", f"two different updates were signed for round {update.round}")
+            why = f"two different updates were signed for round {update.round}"
+            return Rejected(peer, "equivocation", why, (_mark(before), _mark(_parcel(update))))
         if update.round <= seen.round:
             return Rejected(peer, "stale" if before is None else "duplicate", f"the update of round {update.round}")
         try:
@@ -405,7 +406,7 @@ class Links:
             if fault is None:
                 self._last_update[peer, life.name] = update
                 life.machine.received += 1
-                event = Received(peer, update)
+                event = _checked(life, peer, update)
             else:
                 event = Rejected(peer, "bad_value", "it is not finite", round=update.round)
         self._handle(life, event)
@@ -443,6 +444,23 @@ class Links:
 def _parcel(update: Update) -> Parcel:
     assert isinstance(update.vector, Cargo)
     return update.vector.parcel
+
+
+def _mark(parcel: Parcel) -> bytes:
+    """What stands here for a signed manifest."""
+    return f"unsigned update of {parcel.sender}, epoch {parcel.epoch}, round {parcel.round}".encode()
+
+
+def _checked(life: Life, peer: str, update: Update) -> Event:
+    """What `runtime` makes of an update that has come: itself, if its vector may be averaged."""
+    cargo = update.vector
+    assert isinstance(cargo, Cargo)
+    evidence = (_mark(cargo.parcel),)
+    try:
+        life.worker.check(cargo.vector)
+    except BadMessage as error:
+        return Rejected(peer, error.code, error.why, evidence, update.round)
+    return Received(peer, replace(update, evidence=evidence))
 
 
 def _uniforms(random: np.random.Generator) -> Iterator[float]:

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from p2pfl.messages import (
+    Accusation,
     Compute,
     Computed,
     Folded,
@@ -83,6 +84,9 @@ class Worker(Protocol):
     def fold(self, job: Compute) -> Folded:
         """Mix the contributions of this job into the own vector."""
 
+    def check(self, vector: object) -> None:
+        """BadMessage if a vector that came must not be averaged."""
+
     def train(self, job: Compute) -> tuple[Trained, object]:
         """One round of training; and the vector as it is sent, which later calls must not change.
 
@@ -114,6 +118,9 @@ class Number:
         terms = [c.weight * c.vector for c in job.contributions if isinstance(c.vector, float)]
         self.value = math.fsum([own * self.value, *terms])
         return Folded(NO_SCORES, 0.0, 0.0, 0.0)
+
+    def check(self, vector: object) -> None:
+        """A number is always good."""
 
     def train(self, job: Compute) -> tuple[Trained, object]:
         self.value += job.step * self._rate * (self._target - self.value)
@@ -385,6 +392,8 @@ def short(message: Parcelled) -> str:
             told = [f"{r.name}:{r.epoch}:{r.incarnation}{'-' if r.leaving else '+'}" for r in records[:TOLD_SHOWN]]
             told += [f"{h.name}:{h.epoch}:{h.incarnation}?" for h in hints[:TOLD_SHOWN]]
             return f"gossip of {len(records)} and {len(hints)}: {' '.join(told)}"
+        case Accusation(name, code):
+            return f"accusation {name} {code}"
         case Offer(update):
             return f"offer {update.round}"
         case _:

@@ -3,7 +3,7 @@
     graphs      named graphs that stay as they are      schedules   named graphs that change from round to round
     files       graphs in files                         matrix      the mixing matrix of a graph
     fastest     the best symmetric weights              implied     what graph and weights imply
-    plan        which graph to take
+    fit         whether a graph is one for the rule     plan        which graph to take
 
 A graph comes from a generator's name, from a file, or edge by edge. All members compute the same one from the same
 section and seed, without talking. Nothing here trains or sends.
@@ -238,6 +238,24 @@ def neighbourhoods(topology: Topology, name: str, weights: str) -> Callable[[int
     for round in range(topology.period or 1):
         check_weights(topology.at(round), weights)
     return lambda round: of(round % topology.period if topology.period else round)
+
+
+def partners(schedule: str, seed: int, name: str) -> Callable[[int, tuple[str, ...]], tuple[str, ...]] | None:
+    """(round, linked neighbours, sorted) → who gets this node's update; None: all of them do.
+
+    With "gossip" one of them, drawn anew for every round. With "pairwise" in every other round on average: in the
+    others it waits to be asked, or all would ask at once, and nobody could answer.
+    """
+    if schedule not in ("pairwise", "gossip"):
+        return None
+
+    def of(round: int, linked: tuple[str, ...]) -> tuple[str, ...]:
+        random = stream(seed, "partner", name, round)
+        if not linked or (schedule == "pairwise" and random.integers(2)):
+            return ()
+        return (linked[int(random.integers(len(linked)))],)
+
+    return of
 
 
 def describe(topology: Topology) -> str:
