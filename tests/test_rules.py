@@ -152,8 +152,8 @@ def test_local_momentum_has_the_bias_of_a_rate_ten_times_as_large() -> None:
 
 
 def test_quasi_global_momentum_step_by_step() -> None:
-    """By hand, β = ½, η = 0.1, H = 2, a gradient of 1 throughout, and nobody to mix with."""
-    recipe = Recipe(momentum="quasi-global", beta=0.5)
+    """By hand, β = ¼, η = 0.1, H = 2, a gradient of 1 throughout, and nobody to mix with."""
+    recipe = Recipe(momentum="quasi-global", beta=0.25)
     memory = {name: torch.zeros(1, dtype=WIDE) for name in rules.memory_names(recipe)}
     x, seen = torch.zeros(1, dtype=WIDE), []
     for _ in range(2):
@@ -165,8 +165,8 @@ def test_quasi_global_momentum_step_by_step() -> None:
             seen.append(float(grads))
         rules.absorb(recipe, memory, x, x.clone(), None, None, 0.1, 2)
         seen.append(float(memory["momentum"]))
-    # 1 + ½ twice; half of the mean direction; then 1.5 + ¼ of that, the same in both steps; ½ · 0.75 + ½ · 1.6875.
-    assert seen == pytest.approx([1.5, 1.5, 0.75, 1.6875, 1.6875, 1.21875], abs=1e-15)
+    # 1 + ¼ twice; ¾ of the mean direction; then 1.25 and 1/16 of that in both steps; ¼ of the old and ¾ of the new.
+    assert seen == pytest.approx([1.25, 1.25, 0.9375, 1.30859375, 1.30859375, 1.2158203125], abs=1e-15)
 
 
 # -- Corrections -----------------------------------------------------------------------------------------------------
@@ -259,11 +259,22 @@ def test_losses_that_both_ends_agree_on_are_harmless_one_sided_ones_add_up(
         assert error(both_ways=False, leak=0.01) < one_sided / 2
 
 
-def test_a_leak_draws_the_tracker_to_the_own_gradient() -> None:
-    recipe = Recipe(correction="gradient-tracking", leak=0.25)
-    memory = {"tracker": torch.tensor([8.0]), "gradient": torch.tensor([4.0])}
-    rules.absorb(recipe, memory, torch.zeros(1), torch.zeros(1), memory["tracker"], torch.tensor([8.0]), 0.1, 1)
-    assert memory["tracker"].item() == 7.0
+@pytest.mark.parametrize(
+    ("correction", "before", "after"),
+    [
+        ("led", {"dual": 8.0}, 6.0 + 5.0 - 3.0),  # ¾ y + p - W p
+        ("k-gt", {"correction": 8.0}, 6.0 - 2.0 + 1.0),  # ¾ c - Δ + W Δ
+        ("gradient-tracking", {"tracker": 0.0, "gradient": 5.0}, 0.75 * 1.0 + 0.25 * 5.0),  # ¾ W y + ¼ g
+    ],
+)
+def test_a_leak_forgets_a_quarter_of_a_correction(
+    correction: rules.Correction, before: dict[str, float], after: float
+) -> None:
+    memory = {name: torch.tensor([value]) for name, value in before.items()}
+    sent, mixed, sent_second, mixed_second = (torch.tensor([value]) for value in (5.0, 3.0, 2.0, 1.0))
+    recipe = Recipe(correction=correction, leak=0.25)
+    rules.absorb(recipe, memory, sent, mixed, sent_second, mixed_second, 0.1, 1)
+    assert next(iter(memory.values())).item() == after and sent.item() == 3.0
 
 
 @pytest.mark.parametrize(("correction", "steps"), [("led", 3), ("k-gt", 3), ("gradient-tracking", 1)])
