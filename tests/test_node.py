@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from p2pfl.config import TopologySection
 from p2pfl.messages import (
     MAX_ROUND,
+    Accusation,
     BadMessage,
     Compute,
     Computed,
@@ -960,12 +961,14 @@ def test_a_neighbour_that_started_again_begins_anew() -> None:
 def test_equivocation_shuts_out_at_once() -> None:
     node = collecting(round=1, patience=NEVER)
     node.handle(got("b", 1), 0.0)
-    event = Rejected("b", "equivocation", "two different updates were signed for round 1", (b"\x01", b"\x02"))
-    why = event.why
+    signed = (b"\x01", b"\x02", b"\x03", b"\x02")
+    event = Rejected("b", "equivocation", "two different updates were signed for round 1", signed)
+    why, shown = event.why, ("01", "02", "03", "02")
     assert node.handle(event, 1.0) == [
-        said("rejected", peer="b", code="equivocation", why=why, evidence=("01", "02")),
+        said("rejected", peer="b", code="equivocation", why=why, evidence=shown),
         Disconnect("b", 600.0),
-        said("quarantined", peer="b", code="equivocation", seconds=600.0),
+        said("quarantined", peer="b", code="equivocation", seconds=600.0, evidence=shown),
+        Send(("a",), Accusation("b", "equivocation", signed)),
     ]
     assert words(node.handle(got("b", 2), 1.0)) == ["rejected"]  # it was under way
     assert node.handle(LinkDown("b", "quarantined"), 1.0) == []
@@ -1680,6 +1683,59 @@ def test_without_a_receipt_an_edge_does_not_count_and_its_weight_stays_at_home()
     assert [e for e in node.handle(Tick(), 5.0) if isinstance(e, Compute)] == [compute(2, folded("a", round=1))]
     ended = [e for e in node.handle(computed(2), 5.0) if isinstance(e, Record)]
     assert ended[0].entry == RoundEnded(1, TRAINED, FOLDED, merged=("a",), missing=("b",), wait_seconds=5.0)
+
+
+def test_an_update_that_comes_early_is_confirmed_once_its_round_has_begun() -> None:
+    """Until then one does not know on which graph it will be folded."""
+    node = collecting(two_way=True)
+    for peer in "ab":
+        node.handle(Received(peer, Receipt(1)), 1.0)
+    node.handle(got("a", 1), 1.0)
+    assert node.handle(got("a", 2), 1.5) == []
+    assert node.handle(got("b", 1), 2.0)[-2:] == [Send(("a",), Receipt(2)), compute(2, folded("a", "b", round=1))]
+
+
+def test_an_edge_counts_only_where_both_ends_fold_on_one_graph_and_nobody_waits_for_that() -> None:
+    node = collecting(two_way=True)
+    for peer in "ab":
+        node.handle(got(peer, 1), 1.0)
+    node.handle(Received("a", Receipt(1, view=7)), 1.5)  # it takes somebody for dead of whom this node has not heard
+    assert node.handle(Received("b", Receipt(1)), 2.0) == [compute(2, folded("b", round=1))]
+
+
+def test_when_members_come_or_go_corrections_begin_anew_and_receipts_tell_of_the_new_graph() -> None:
+    def ring_of(living: tuple[str, ...]) -> Wiring:
+        others = tuple(name for name in living if name != "me")
+        return Wiring(others, lambda _round: Neighbourhood(dict.fromkeys(others), others))
+
+    node = fresh(members=("a", "b", "me"), wiring=ring_of, two_way=True, grace=1.0, suspicion=2.0)
+    for peer in "ab":
+        node.handle(up(peer), 0.0)
+    node.handle(computed(0), 0.0)
+    node.handle(got("a", 0), 0.0)
+    node.handle(LinkDown("b"), 0.0)
+    jobs = []
+    for second in range(1, 8):  # b is dead to the grace after one second, and to the graph two seconds later
+        now = float(second)
+        node.handle(got("a", node.round), now)
+        effects = node.handle(Received("a", Receipt(node.round, node._view)), now)
+        effects += node.handle(Tick(), now) + node.handle(computed(node.round), now)
+        jobs += [effect for effect in effects if isinstance(effect, Compute)]
+    assert [job.restart for job in jobs].count(True) == 1
+    (rewired,) = (job for job in jobs if job.restart)
+    assert rewired.reach == 2.0
+    assert node.handle(got("a", node.round), 9.0) == [Send(("a",), Receipt(node.round, node._view))]
+    assert node._view != 0
+
+
+def test_with_fewer_vectors_than_a_rule_needs_nothing_is_mixed_and_that_is_said() -> None:
+    node = collecting(least=3, grace=1.0)
+    node.handle(got("a", 1), 0.5)
+    node.handle(LinkDown("b"), 0.5)
+    effects = node.handle(Tick(), 1.5)
+    assert effects[-2:] == [said("too_few", round=1, came=1, needed=2), compute(2)]
+    ended = [e for e in node.handle(computed(2), 2.0) if isinstance(e, Record)]
+    assert ended[0].entry == RoundEnded(1, TRAINED, FOLDED, merged=(), missing=("a", "b"), wait_seconds=1.5)
 
 
 @pytest.mark.parametrize(("two_way", "kept"), [(True, True), (False, False)])
