@@ -8,7 +8,7 @@ A module imports only modules before it in this list (`tests/test_layers.py` che
     logic     wire · identity · envelope · replicas · records · analysis
     edges     data · models · learner · trainer · checkpoint · link · control
     drivers   runtime · swarm · sim
-    surface   plots · report · export · progress · status · cli
+    surface   advise · plots · report · export · progress · status · cli
 
 The journey of an update: `learner` trains, `runtime` performs, `node` decides who gets it, `envelope` seals and signs,
 `wire` frames, `link` sends; there `link` receives, `wire` parses, `envelope` verifies and opens, `node` decides when

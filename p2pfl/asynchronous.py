@@ -10,14 +10,18 @@ Numbers and opaque vectors in, contributions out; nothing here knows of time or 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 from p2pfl.messages import LAST, Contribution, Update
 
 OUTSTANDING = (
     8  # own rounds for which an exchange may be under way, and its vector is kept; an answer takes one way back
 )
+ASKS_NOBODY = 1.0  # as the reach of an update in pairwise exchange: it may be sent in answer
+ASKS = 3.0  # … and plus the newest round that one had heard of whom one asks: it asks for one of theirs
+LEAST_SHARE = 2.0**-10  # of the mass that a node began with: who holds less waits for what others hand to it
 
 
 # -- Pairwise --------------------------------------------------------------------------------------------------------
@@ -32,6 +36,14 @@ class Exchange:
     own_round: int
 
 
+class Answer(Enum):
+    """What becomes of an update that has come."""
+
+    NONE = "none"  # it was the answer, or nobody waits for one
+    NEWEST = "newest"  # ours goes back in exchange
+    DECLINED = "declined"  # ours is with another already: both keep what they have
+
+
 @dataclass(slots=True)
 class Exchanges:
     """Which of one's updates goes to whom, in exchange for which.
@@ -39,24 +51,44 @@ class Exchanges:
     Each own update is exchanged at most once, so that both ends go to the middle of the same two vectors, whatever
     they have learnt since: x ← x + ½ (b - a) here, x ← x + ½ (a - b) there, and the mean stays where it is.
     AD-PSGD: Lian, Zhang, Zhang and Liu, Asynchronous Decentralized Parallel SGD, 2018.
+
+    Who asks sends an update; the other one answers with its own, or declines. Of each peer at most one answer is
+    awaited, and what two ask of each other at the same time is one exchange. Both ends know that it is: an update that
+    asks says what its maker had heard of the other one before, and so whether it knew of the other's question.
     """
 
-    _partners: dict[int, str] = field(default_factory=dict)  # own round → who was sent it; empty: that is settled
+    _partners: dict[int, str] = field(default_factory=dict)  # own round → whom it asks; empty: that is settled
     _complete: list[Exchange] = field(default_factory=list)  # and not yet folded
 
-    def sent(self, own_round: int, peer: str) -> None:
-        """Our update of this round went to `peer`, which is to answer with one of its own."""
-        self._partners[own_round] = peer
+    def awaits(self, peer: str) -> bool:
+        """Whether this peer has still to answer."""
+        return peer in self._partners.values()
 
-    def came(self, peer: str, update: Update, newest: int) -> bool:
-        """Take in an update of `peer`; True if our `newest` (a round, -1: none yet) is to be sent as the answer."""
-        asked = [round for round, partner in self._partners.items() if partner == peer]
-        if not asked and (newest < 0 or newest in self._partners):
-            return False  # ours is with another already: the peer will ask somebody for its next one
-        own_round = max(asked, default=newest)
+    def ask(self, own_round: int, peer: str, heard: int) -> float:
+        """Our update of this round, which is to be made, asks `peer`, of which round `heard` came last; its reach."""
+        self._partners[own_round] = peer
+        return ASKS + heard
+
+    def came(self, peer: str, update: Update, newest: int | None) -> Answer:
+        """Take in an update of `peer`. `newest` is the round of the own one that may be the answer, if there is one."""
+        knew = update.reach - ASKS
+        asked = [own for own, partner in self._partners.items() if partner == peer and own > knew]
+        if asked:
+            own_round, answer = asked[0], Answer.NONE
+        elif update.reach == ASKS_NOBODY:
+            return Answer.NONE  # it answers what we no longer ask
+        elif newest is None or newest in self._partners:
+            return Answer.DECLINED
+        else:
+            own_round, answer = newest, Answer.NEWEST
         self._partners[own_round] = ""
         self._complete.append(Exchange(peer, update, own_round))
-        return not asked
+        return answer
+
+    def declined(self, peer: str, own_round: int) -> None:
+        """`peer` does not want our update of this round."""
+        if self._partners.get(own_round) == peer:
+            self._partners[own_round] = ""
 
     def fold(self, round: int) -> tuple[Contribution, ...]:
         """What is to be folded at the end of this round: at most one of each peer, sorted; the rest when it is next.
@@ -104,47 +136,62 @@ class RunningSums:
 
     Spiridonoff, Olshevsky and Paschalidis, Robust Asynchronous Stochastic Gradient-Push, 2020: exact whatever is lost
     or late, as long as some later sum arrives.
+
+    A sum is for those who were told all of it. When they are others, or one has started again, it begins anew, and says
+    so: what somebody had not yet taken of the old one is lost with it, and nothing is taken twice.
     """
 
     mass: float
+    least: float = 0.0  # with less than this nothing is handed out: nothing would be left to be divided by
     handed_out: float = 0.0  # to each of those who are told
-    _taken: dict[str, float] = field(default_factory=dict)
+    beginnings: int = 0  # how often that began anew
+    _listeners: tuple[tuple[str, int], ...] = ()
+    _taken: dict[str, tuple[float, float]] = field(default_factory=dict)  # peer → reach and mass of its newest sum
 
-    def hand_out(self, listeners: int) -> float:
-        """Give to each listener as much as one keeps; the portion."""
-        portion = self.mass / (listeners + 1)
-        if listeners:
-            self.mass = portion
-            self.handed_out += portion
-        return portion if listeners else 0.0
+    @property
+    def reach(self) -> float:
+        """What an update says as its reach: which of one's sums it is, counted from 1."""
+        return 1.0 + self.beginnings
 
-    def grows(self, peer: str, total: float) -> bool:
-        """Whether a sum of `total` is not smaller than the one that came before, as no honest one is."""
-        return total >= self._taken.get(peer, 0.0)
+    def tell(self, listeners: tuple[tuple[str, int], ...]) -> bool:
+        """From now on these, by name and epoch, are told; True if the sum begins anew for it."""
+        anew = listeners != self._listeners and self.handed_out > 0
+        self._listeners = listeners
+        if anew:
+            self.handed_out, self.beginnings = 0.0, self.beginnings + 1
+        return anew
+
+    def hand_out(self) -> float:
+        """Give to each who is told as much as one keeps; that portion, 0 if nothing is given."""
+        if not self._listeners or self.mass < self.least:
+            return 0.0
+        self.mass /= len(self._listeners) + 1
+        self.handed_out += self.mass
+        return self.mass
+
+    def grows(self, peer: str, update: Update) -> bool:
+        """Whether this sum is not smaller, and no earlier one, than what was taken: as no honest one is."""
+        return (update.reach, update.mass) >= self._taken.get(peer, (0.0, 0.0))
 
     def forget(self, peer: str) -> None:
         """It has started again, and its sum with it."""
         self._taken.pop(peer, None)
 
-    def restart(self) -> None:
-        """All sums begin again, since those who are told have changed; what one holds, one keeps."""
-        self.handed_out = 0.0
-        self._taken.clear()
+    def take(self, sums: Sequence[tuple[str, Update]]) -> tuple[tuple[Contribution, ...], float]:
+        """What these sums have grown by, in this order, as contributions; and the share of the new mass that was here.
 
-    def take(self, updates: Mapping[str, Update], from_now_on: bool) -> tuple[tuple[Contribution, ...], float]:
-        """What these sums, by peer, have grown by, as contributions; and what part of the new mass was here before.
-
-        `from_now_on`: of a sum that one meets for the first time, one cannot say what one has had of it already.
+        A contribution's reference is LAST where its sum goes on from the one that was taken last of that peer.
         """
-        before, gains, references = self.mass, dict[str, float](), dict[str, int | None]()
-        for peer, update in updates.items():
-            known = peer in self._taken or not from_now_on
-            gains[peer] = update.mass - self._taken.get(peer, 0.0) if known else 0.0
-            references[peer] = LAST if peer in self._taken else None
-            self._taken[peer] = update.mass
-        self.mass = math.fsum([before, *gains.values()])
+        before, gains, references = self.mass, list[float](), list[int | None]()
+        for peer, update in sums:
+            reach, mass = self._taken.get(peer, (0.0, 0.0))
+            goes_on = update.reach == reach
+            gains.append(update.mass - mass if goes_on else update.mass)
+            references.append(LAST if goes_on else None)
+            self._taken[peer] = (update.reach, update.mass)
+        self.mass = math.fsum([before, *gains])
         contributions = tuple(
-            Contribution(peer, u.round, 1 / self.mass if gains[peer] else 0.0, u.vector, references[peer])
-            for peer, u in updates.items()
+            Contribution(peer, u.round, 1 / self.mass if gain else 0.0, u.vector, reference)
+            for (peer, u), gain, reference in zip(sums, gains, references, strict=True)
         )
         return contributions, before / self.mass

@@ -157,6 +157,7 @@ def node(
     if (known := members.by_name(me.name)) is not None and known.card != me.card:
         raise BadInput(f"{roster}: the card of {me.name} is not the one of this key: put the new {me.name}.card there")
     experiment = load(config, settings or (), _node_flags(data, target, model, rounds), names_in)
+    experiment = experiment.model_copy(update={"faults": ()})  # those are for trying out, with `up` and `simulate`
     neighbours, dials, graph = _neighbourhood(experiment, me.name, peers, members)
     endpoint = parse_address(listen) if listen else None
     if resume and run_dir is None:
@@ -473,6 +474,32 @@ def _say_where(console: Console, run: Run) -> None:
     console.out(f"\nrecords   {run.path}", highlight=False)
     console.out(f"next      p2pfl report {run.path}", highlight=False)
     console.out(f"          p2pfl export {run.path} --out model.safetensors", highlight=False)
+
+
+# -- advise ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def advise(
+    experiment: Annotated[str, typer.Argument(help="An experiment file, or the name of a built-in one.")],
+    nodes: Annotated[int | None, typer.Option(help="This many nodes instead.")] = None,
+    settings: Settings = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """What to use and why, from the rows of each node, the skew of their labels, and the graph: five lines.
+
+    Example: p2pfl advise ring-8 --set data.alpha=0.1
+    """
+    _, loaded = _load_whole(experiment, nodes, settings)
+    from p2pfl import advise as adviser
+
+    facts, advice = adviser.advise_on(
+        loaded, lambda further: _load_whole(experiment, nodes, [*(settings or ()), *further])[1]
+    )
+    if as_json:
+        _print_json(adviser.as_json(facts, advice))
+    else:
+        sys.stdout.write(adviser.in_words(advice))
 
 
 # -- topology --------------------------------------------------------------------------------------------------------

@@ -217,10 +217,6 @@ FACTS: tuple[Fact, ...] = (
         "mix.schedule = 'push-sum' goes with topology.weights = 'push-sum' or 'push-sum-samples', not {weights!r}: "
         "set one of these",
     ),
-    (
-        lambda p: p.schedule != "sync" and p.outer != "none",
-        "mix.outer = {outer!r} needs rounds, which mix.schedule = {schedule!r} has not: use mix.schedule = 'sync'",
-    ),
 )
 
 
@@ -236,8 +232,9 @@ def too_few_neighbours(rule: str, tolerate: int, degree: int, node: str) -> str 
     if degree >= least:
         return None
     return (
-        f"mix.rule = {rule!r} with mix.tolerate = {tolerate} needs {least} neighbours, and {node} has {degree}: "
-        "take a graph of higher degree, or a smaller mix.tolerate"
+        f"mix.rule = {rule!r} with mix.tolerate = {tolerate} needs {least} neighbours, and {node} has {degree}: take "
+        f"a graph of higher degree, like topology.graph = 'random-regular' with topology.degree = {least + least % 2}"
+        ", or a smaller mix.tolerate"
     )
 
 

@@ -2,7 +2,7 @@
 
 Every mistake is counted under its code. Of the same peer and code, one line a second is logged and says how many were
 left out. Mistakes that no accident explains exclude their maker for ten minutes, doubling each time. What others say
-of a peer excludes nobody: but where an accident may happen three times, of the accused it is the first that counts.
+of a peer excludes nobody: its own next mistake does, where otherwise it would take three.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Conduct:
     def accused(self, by: str, peer: str, code: str) -> bool:
         """Remember that `by` has shut `peer` out for this; False if it has said so before.
 
-        Whoever is not worth a second look loses nothing by it: only what oneself has found counts as a strike.
+        Who is accused without a reason loses nothing: only what is found here is a strike.
         """
         accusers = self._accusers.get((peer, code), frozenset())
         _remember(self._accusers, (peer, code), accusers | {by})

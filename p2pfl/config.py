@@ -266,6 +266,11 @@ class NetworkSection(Section):
     suspicion: float = Field(10.0, gt=0)  # from losing a member to going on with a graph without it
     patience: float = Field(5.0, gt=0)  # the least time that a living neighbour is given for its round
 
+    @field_validator("staleness", mode="before")
+    @classmethod
+    def _endless(cls, staleness: object) -> object:
+        return "inf" if staleness == float("inf") else staleness  # TOML has a word for it, which means the same
+
 
 class Fault(Section):
     """Something that goes wrong, so that survival can be watched: when `node` begins `round`.
@@ -282,7 +287,7 @@ class Fault(Section):
         "slow",  # it computes `factor` times as long for `seconds`
         "disk-full",  # nothing can be written for `seconds`
         "clock-jump",  # its wall clock jumps by `by`
-        "lie",  # it says what is not so `about` something for `seconds`
+        "lie",  # it says what is not so `about` something; `up` can do those that are about what it learnt
         # to the network
         "cut",  # nothing gets from group to group for `seconds`
         "delay",  # what it sends takes `delay` longer, and up to `jitter` on top, for `seconds`
@@ -301,7 +306,8 @@ class Fault(Section):
     by: float | None = None  # seconds
     about: Lied | None = None
     rounds: int | None = Field(None, ge=1)  # lie: for how many, from `round` on; to the end if nothing is said
-    strength: float | None = None  # lie: the one that `attacks` gives it, if nothing is said
+    # lie: the one that `attacks` gives it, if nothing is said; up to 1e9 no float32 that is ever learnt overflows
+    strength: float | None = Field(None, ge=-1e9, le=1e9)
 
     @property
     def lasting(self) -> float:
@@ -441,6 +447,11 @@ class Experiment(Section):
         for node in (node for fault in self.faults for node in fault.nodes):
             if not (0 <= node < len(names) if isinstance(node, int) else node in names):
                 raise ValueError(f"faults: there is no node {node!r}; the nodes are {', '.join(names[:8])}")
+        if self.mix.compress != "none" and any(fault.about == "nan" for fault in self.faults):
+            raise ValueError(
+                f"faults: a lie about 'nan' cannot be written down with mix.compress = {self.mix.compress!r}, which "
+                "knows no NaN: use mix.compress = 'none', or a lie about 'scale' with strength = 1e6"
+            )
         if self.topology.weights is None and (weights := self._weights_for_the_rule()):
             object.__setattr__(self, "topology", self.topology.model_copy(update={"weights": weights}))
         topology = self.topology

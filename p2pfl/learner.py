@@ -135,14 +135,15 @@ def batches(rows: int, section: TrainSection, number: int) -> Iterator[Tensor]:
         epochs, steps = section.local_steps, section.local_steps  # an epoch has at least one step
     step = 0
     for _ in range(epochs):
-        pieces = list(torch.split(torch.randperm(rows, generator=random), section.batch_size))
-        if len(pieces) > 1 and len(pieces[-1]) == 1 < section.batch_size:
-            pieces[-2:] = [torch.cat(pieces[-2:])]
-        for piece in pieces:
+        order, start = torch.randperm(rows, generator=random), 0
+        while start < rows:
             if step == steps:
                 return
             step += 1
-            yield piece
+            end = start + section.batch_size
+            end = rows if rows - end == 1 < section.batch_size else end
+            yield order[start:end]
+            start = end
 
 
 # -- Optimizers over flat memory -------------------------------------------------------------------------------------

@@ -285,7 +285,7 @@ class Probe:
             self._matrix[torch.arange(len(self._elements)), self._group] = self._signs
         whole = len(self._elements) == vectors.shape[1]
         sums = []
-        for rows in vectors.detach().split(max(1, BLOCK // len(self._elements))):
+        for rows in torch.split(vectors.detach(), max(1, BLOCK // len(self._elements))):
             picked = rows if whole else rows[:, self._elements.to(rows.device)]
             sums.append(picked.cpu().double() @ self._matrix)
         return torch.cat(sums)

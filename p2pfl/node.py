@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from p2pfl.asynchronous import Exchanges, RunningSums, merge_by_age
+from p2pfl.asynchronous import ASKS_NOBODY, LEAST_SHARE, Answer, Exchanges, RunningSums, merge_by_age
 from p2pfl.conduct import Conduct
 from p2pfl.membership import OTHERS, Change, Membership, Standing
 from p2pfl.messages import (
@@ -84,6 +84,9 @@ MAX_MISSED = 3  # rounds in a row that a neighbour is waited for in vain, and as
 MAX_STEP = 10.0  # times the learning rate: where lost messages have eaten the mass of push-sum, training stays stable
 
 
+Partners = Callable[[int, tuple[str, ...]], tuple[str, ...]]
+
+
 class Phase(Enum):
     JOINING = "joining"
     COMPUTING = "computing"
@@ -116,7 +119,7 @@ class Settings:
     checkpoint_every: int = 25  # rounds
     staleness: float = 0  # rounds that a neighbour may be behind without being waited for; inf: nobody is waited for
     schedule: str = "sync"  # of the others, "pairwise", "gossip" and "push-sum", none has rounds in common
-    partners: Callable[[int, tuple[str, ...]], tuple[str, ...]] | None = None  # (round, linked) → who gets its update
+    partners: Partners | None = None  # (round, linked) → who gets its update
     join_timeout: float = 60.0
     heartbeat: float = 1.0
     silence: float = 6.0
@@ -216,7 +219,8 @@ class Node:
         self._next_waiting_line = now + WAITING_LINE
         self._mass = settings.mass if settings.held_mass is None else settings.held_mass  # only push-sum changes it
         self._reach = self._mass  # of the round in progress
-        self._sums = RunningSums(self._mass) if settings.schedule == "push-sum" else None
+        least = LEAST_SHARE * settings.mass
+        self._sums = RunningSums(self._mass, least) if settings.schedule == "push-sum" else None
         self._counted: dict[str, float] = {}  # whose mass is in the reach, and which
         self.membership: Membership | None = None
         self._wiring: Wiring | None = None
@@ -468,7 +472,8 @@ class Node:
             self._changed(self.membership.sign_of_life(event.peer))
             self._send((event.peer,), Heartbeat(self.round, self._view))
             self._tell_all((event.peer,))
-        self._send_again(event, 2 if same_process else 1)
+        if self._sums is None or same_process or not back:  # or else the process before it has taken some of the sum
+            self._send_again(event, 2 if same_process else 1)
 
     def _send_again(self, event: LinkUp, newest: int) -> None:
         """Send what the peer lacks: so many of the newest updates, which a broken link may have lost, and all for which
@@ -522,7 +527,7 @@ class Node:
         elif self._ages and not 1 <= update.mass <= MAX_MASS:
             why = f"round {update.round} claims to have learnt for {update.mass} rounds"
             self._rejected(Rejected(peer, "bad_mass", why, update.evidence))
-        elif self._sums is not None and not self._sums.grows(peer, update.mass):
+        elif self._sums is not None and not self._sums.grows(peer, update):
             why = f"round {update.round} has handed out {update.mass} in all, and more before"
             self._rejected(Rejected(peer, "bad_mass", why, update.evidence))
         elif not (self._push_sum or self._ages) and update.mass != neighbour.mass:
@@ -531,13 +536,14 @@ class Node:
         else:
             self._count_if_in_step(neighbour, update.round)
             if self._exchanges is not None:
-                newest = self._own_updates[-1].update if self._own_updates else None
-                if self._exchanges.came(peer, update, -1 if newest is None else newest.round) and newest is not None:
-                    self._send((peer,), newest)
-                return
+                self._exchange(self._exchanges, peer, update)
+                if not self._lacks_state:
+                    return
             if update.round < self._needed and not self._folds_late:
                 return
-            if self.settings.staleness > 0 or self._lacks_state:
+            if self._sums is not None:  # of a sum only the newest counts; but what it was before it began anew as well
+                neighbour.updates = {r: u for r, u in neighbour.updates.items() if u.reach != update.reach}
+            elif self.settings.staleness > 0 or self._lacks_state:
                 neighbour.updates.clear()  # rounds are not kept in step, so only its newest model counts
             for late in [r for r in neighbour.updates if r < self._needed]:
                 del neighbour.updates[late]  # what is newer stands in its place
@@ -546,6 +552,16 @@ class Node:
             neighbour.updates[update.round] = update
             if self.settings.two_way and update.round == self.round:
                 self._send((peer,), Receipt(update.round, self._view))  # of a later one when it is its turn
+
+    def _exchange(self, exchanges: Exchanges, peer: str, update: Update) -> None:
+        """Take in an update in exchange for one of ours, if there is one that nobody has, and that is still folded."""
+        newest = self._own_updates[-1] if self._own_updates and self.round < self.settings.rounds else None
+        match exchanges.came(peer, update, None if newest is None else newest.update.round):
+            case Answer.NEWEST if newest is not None:
+                newest.told = (peer,)
+                self._send((peer,), newest.update)
+            case Answer.DECLINED:
+                self._send((peer,), Receipt(update.round, self._view))
 
     def _count_if_in_step(self, neighbour: Neighbour, round: int) -> None:
         """Count how often it is in time, and restore who was too slow to be waited for."""
@@ -587,7 +603,9 @@ class Node:
 
     def _receipt(self, peer: str, round: int, view: int) -> None:
         neighbour = self.neighbours.get(peer)
-        if neighbour is not None and neighbour.confirmed < round <= self.round:
+        if self._exchanges is not None:
+            self._exchanges.declined(peer, round)
+        elif neighbour is not None and neighbour.confirmed < round <= self.round:
             neighbour.confirmed, neighbour.confirmed_view = round, view
 
     def _goodbye(self, peer: str, round: int, reason: str) -> None:
@@ -647,8 +665,6 @@ class Node:
             return
         self._trained = event.trained
         listeners = self._listeners()
-        if self._exchanges is not None and self._told:
-            self._exchanges.sent(event.round, self._told[0])
         own = OwnUpdate(
             Update(event.round, self._mass, self._reach, event.update),
             self._told,
@@ -780,7 +796,7 @@ class Node:
         if not neighbour.alive:
             return False
         if self._only_hears_us(neighbour.name):  # or we would run away from it, and it has no room for what we send
-            return neighbour.gone_after is None and neighbour.round < self.round
+            return neighbour.gone_after is None and neighbour.round < self._needed
         if neighbour.name not in self._here.hears or not self._tells_us(neighbour):
             return False
         if neighbour.heard >= self._needed:
@@ -889,13 +905,11 @@ class Node:
         return max(own, min(target, max(models, default=-1)))
 
     def _fold_sums(self, sums: RunningSums) -> None:
-        updates: dict[str, Update] = {}
+        came = [(n.name, n.updates[round]) for n in self.neighbours.values() for round in sorted(n.updates)]
         for neighbour in self.neighbours.values():
-            for round, update in tuple(neighbour.updates.items()):
-                if update.reach == graph_reach(self._view):  # or else it counts for others than ours does
-                    updates[neighbour.name] = neighbour.updates.pop(round)
-        contributions, kept = sums.take(updates, from_now_on=self.settings.first_round > 0)
-        self._end_round(tuple(updates), ())
+            neighbour.updates.clear()
+        contributions, kept = sums.take(came)
+        self._end_round(tuple(dict(came)), ())
         self._compute(self.round + 1, contributions, kept=kept)
 
     def _end_round(self, merged: tuple[str, ...], missing: tuple[str, ...]) -> None:
@@ -964,13 +978,16 @@ class Node:
         newest = [(n.name, n.updates[max(n.updates)]) for n in self.neighbours.values() if n.updates]
         newest = [(name, update) for name, update in newest if update.round >= target]
         own = staleness_weight(target - self.round) if self._took_part else 0.0
-        contributions = tuple(Contribution(name, u.round, 1 / (len(newest) + own), u.vector) for name, u in newest)
+        share, summed = 1 / (len(newest) + own), self._sums is not None  # or they are models
+        contributions = tuple(
+            Contribution(name, u.round, share / u.mass if summed else share, u.vector) for name, u in newest
+        )
         for neighbour in self.neighbours.values():
             neighbour.updates.clear()
         self._note("caught_up", behind=self.round, round=target)
         self._waited_from, self._lacks_state = target, False
         self._trained = None  # the round that is skipped has no record
-        self._compute(target, contributions, jump=True)
+        self._compute(target, contributions, jump=True, kept=own * share if summed else None)
 
     def _compute(
         self, round: int, contributions: tuple[Contribution, ...], jump: bool = False, kept: float | None = None
@@ -990,14 +1007,13 @@ class Node:
         held = self._mass if self._sums is None else self._sums.mass
         step = 1.0 if self._ages else min(self.settings.mass / held, MAX_STEP)
         if self.settings.partners is not None:
-            self._told = self.settings.partners(round, tuple(n for n in self._listeners() if n in part.tells))
+            self._choose_partner(self.settings.partners, round, part)
         elif self._sums is not None:
-            self._reach = graph_reach(self._view)
-            if restart:
-                self._sums.restart()
-            if train:
-                portion = self._sums.hand_out(len(part.tells))
-            self._mass = self._sums.handed_out
+            here = [n for n in self.neighbours.values() if n.name in part.tells and n.alive and n.gone_after is None]
+            self._told = tuple(n.name for n in here)
+            restart = self._sums.tell(tuple((n.name, n.epoch) for n in here))
+            portion = self._sums.hand_out() if train else 0.0
+            self._mass, self._reach = self._sums.handed_out, self._sums.reach
         elif self._push_sum:  # mass that is sent to somebody who is not there would be lost
             self._told = tuple(name for name in self._listeners() if name in part.tells)
             self._reach = 1.0 + len(self._told)
@@ -1014,9 +1030,21 @@ class Node:
         if self.settings.two_way:
             came = tuple(n.name for n in self.neighbours.values() if round in n.updates)
             self._send(came, Receipt(round, self._view))
-        told = len(part.tells) if portion else 0
+        told = len(self._told or ()) if portion else 0
         job = Compute(round, contributions, self._mass, self._reach, train, step, jump, restart, kept, portion, told)
         self._effects.append(job if self._sums is None else replace(job, held=held))
+
+    def _choose_partner(self, partners: Partners, round: int, part: Neighbourhood) -> None:
+        """Who gets the update of this round. An exchange is asked for only where its answer can still be folded."""
+        exchanges, linked = self._exchanges, tuple(n for n in self._listeners() if n in part.tells)
+        if exchanges is None:
+            self._told = partners(round, linked)
+            return
+        self._told, self._reach = (), ASKS_NOBODY
+        if round < self.settings.rounds - 1:
+            self._told = partners(round, tuple(name for name in linked if not exchanges.awaits(name)))
+        for name in self._told:
+            self._reach = exchanges.ask(round, name, self.neighbours[name].heard)
 
     # -- Who lives ---------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,8 @@ from p2pfl.messages import printable
 from p2pfl.records import Json, Line, is_number, number
 
 REDRAW = 0.1  # seconds between two drawings of the table
-QUIET = {"started", "joined", "left", "finished", "checkpoint", "late"}  # events that need no line of their own
+# Events that need no line of their own.
+QUIET = {"started", "joined", "left", "finished", "checkpoint", "late", "accused"}
 NOTED = {"waiting", "suspected", "absent", "alone"}  # that stand behind the node's name in the table
 # Those that are said above the table as well: who comes and goes, and what no file has.
 LOUD = {
@@ -187,8 +188,6 @@ def describe(line: Mapping[str, Json]) -> str:
             return f"event=rejected code={line.get('code')} peer={peer} why={why}{more}"
         case "quarantined":
             return f"keeps {peer} out for {line.get('seconds')} s ({line.get('code')})"
-        case "accused":
-            return f"hears from {line.get('by')} that it keeps {peer} out ({line.get('code')})"
         case "caught_up":
             return f"was behind and caught up with round {line.get('round')}"
         case "checkpoint_damaged":

@@ -355,6 +355,7 @@ def summarise(
     received: int,
     contraction: Mapping[str, Json],
     topology: Mapping[str, Json],
+    personal: bool = False,
 ) -> Line:
     """summary.json: how the run went, from the last line of metrics of each node.
 
@@ -362,7 +363,8 @@ def summarise(
     of the finished nodes' models; `consensus_distance` the root mean square L2 distance of their vectors to their mean;
     `contraction` what averaging did beside what the graph implies; `topology` the facts that `p2pfl topology --json`
     prints. "metrics" has every score after mixing, over the finished nodes; one that diverged makes it null, for a mean
-    of the others would hide it.
+    of the others would hide it. `personal`: each node keeps a part of its model, so that "metrics" is what each node's
+    own model reaches on its own test rows, and stands under "personal" as well; otherwise that is null.
     """
     scores = [inside(last_metrics[name], "mixed") for name in finished if name in last_metrics]
     columns: dict[str, list[Json]] = {}
@@ -370,13 +372,15 @@ def summarise(
         if isinstance(score, Mapping):
             for key, value in score.items():
                 columns.setdefault(key, []).append(value)
+    metrics = {key: _spread(columns[key]) for key in sorted(columns)}
     return {
         "nodes": len(nodes),
         "finished": len(finished),
         "failed": sorted(set(nodes) - set(finished)),
         "rounds": rounds,
         "seconds": seconds,
-        "metrics": {key: _spread(columns[key]) for key in sorted(columns)},
+        "metrics": metrics,
+        "personal": metrics if personal else None,
         "mean_model": dict(mean_model),
         "consensus_distance": consensus_distance,
         "bytes": {"sent": sent, "received": received},

@@ -27,11 +27,18 @@ class Replicas:
         self._start = None if start is None else start.detach().cpu().clone()
         self._numbers = numbers
         self._known: dict[str, tuple[int, Tensor]] = {}  # peer → (round, vector)
+        self._epochs: dict[str, int] = {}  # peer → of the process that told it
 
     @property
     def continued(self) -> bool:
         """Whether updates are differences."""
         return self._start is not None
+
+    def met(self, peer: str, epoch: int) -> None:
+        """A process of `peer` is linked: of a new one nothing is known yet, and its rounds are not the last one's."""
+        if epoch != self._epochs.get(peer):
+            self._epochs[peer] = epoch
+            self._known.pop(peer, None)
 
     def has(self, peer: str, base: int) -> bool:
         """Whether an update that continues that of round `base` can be understood."""

@@ -70,6 +70,7 @@ class History:
     ended: Mapping[str, str]  # node that did not finish → "killed", "died", "left" or "failed"
     damaged: int  # lines that could not be read
     start: float  # unix seconds at which the first round began
+    shared: str  # which part of the models is averaged, in words
 
     @cached_property
     def scores(self) -> list[str]:
@@ -128,6 +129,7 @@ def read_history(path: Path, label: str) -> History:
         ended=_ended(nodes, summary, _condemned(experiment)),
         damaged=damaged,
         start=min(begins, default=0.0),
+        shared=_shared(experiment),
     )
 
 
@@ -159,6 +161,15 @@ def _experiment(path: Path) -> config.Experiment | None:
         return config.load(path)
     except BadInput:
         return None
+
+
+def _shared(experiment: config.Experiment | None) -> str:
+    """Which part of the models is averaged, in words."""
+    if experiment is None:
+        return "a part of it"
+    patterns, norms = experiment.mix.shared, experiment.mix.norms
+    what = "everything" if patterns == ("*",) else f"what is called {' or '.join(patterns)}"
+    return what + (" but the normalisation layers" if norms == "own" else "")
 
 
 def _condemned(experiment: config.Experiment | None) -> set[str]:
@@ -447,6 +458,21 @@ def _how_it_ended(history: History, name: str, why: str) -> str:
     return f"{name} {verb} before its first round"
 
 
+def personal(history: History) -> str:
+    """What the nodes' personal models reach, and their mean beside them, in words; empty where all share everything."""
+    score = history.scores[0] if history.scores else ""
+    own, low, high = (number(history.summary, "personal", score, end) for end in ("mean", "min", "max"))
+    mean = number(history.summary, "mean_model", score)
+    if own is None or low is None or high is None or mean is None:
+        return ""
+    return (
+        f"Of each node's model {history.shared} is averaged with its neighbours', and the rest stays its own. On their "
+        f"own held-out rows the nodes' own models reach the {score} {show(score, own)} on average (from "
+        f"{show(score, low)} to {show(score, high)}); the mean of all models, into which their own parts go as well, "
+        f"reaches {show(score, mean)} on the same rows."
+    )
+
+
 def _facts(history: History) -> list[tuple[str, str]]:
     """The summary as (what, value)."""
     summary = history.summary
@@ -692,6 +718,7 @@ def _run_html(history: History, found: Sequence[Picture], prefix: str) -> str:
     parts = [
         f'<p class="lead">{_text(headline(history))}</p>',
         _list(_facts(history)),
+        *([f"<h2>Personal models</h2><p>{_text(personal(history))}</p>"] if personal(history) else []),
         *(_picture_html(picture, f"{prefix}-{index}") for index, picture in enumerate(found)),
         "<h2>Nodes</h2>",
         '<p class="note">local: the node\'s model before mixing; mixed: after it; both on its own held-out rows.</p>',

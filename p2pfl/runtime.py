@@ -159,7 +159,12 @@ def usable_norm(learner: Learner) -> float:
     try:
         return check_vector(learner.vector, None)
     except BadMessage as error:
-        raise TrainingFailed(f"the own model is no longer usable: {error.why}; lower train.lr") from None
+        raise TrainingFailed(unusable(error.why)) from None
+
+
+def unusable(why: str) -> str:
+    """What is said of a model that others would refuse."""
+    return f"the own model is no longer usable: {why}; lower train.lr"
 
 
 class Norms:
@@ -435,18 +440,22 @@ class Runtime:
             now = time.monotonic()
 
     def _send_packed(self, peers: tuple[str, ...], update: Update) -> None:
-        """To each of these the difference, or the whole vector to whoever has said that it needs one."""
-        packed, lacking = update.vector, self.link.lacking
+        """To each of these the difference, or the whole vector to whoever has said that it needs one.
+
+        Where there is no whole one yet, the difference goes to all: who refuses it at least does not wait for it.
+        """
+        packed, whole = update.vector, set[str]()
         assert isinstance(packed, Packed)
-        whole = peers if packed.change is None else tuple(peer for peer in peers if peer in lacking)
+        if packed.whole is not None:
+            whole = set(peers) if packed.change is None else set(peers) & self.link.lacking
+            self.link.send(sorted(whole), replace(update, vector=packed.whole))
+            self.link.lacking -= whole
         if packed.change is not None:
-            self.link.send([peer for peer in peers if peer not in lacking], replace(update, vector=packed.change))
-        if packed.whole is not None:  # or else with the next update
-            self.link.send(whole, replace(update, vector=packed.whole))
-            lacking.difference_update(whole)
+            self.link.send([peer for peer in peers if peer not in whole], replace(update, vector=packed.change))
 
     def _note_what_it_has(self, event: LinkUp) -> None:
-        """Whoever has not even the update that our newest one continues needs a whole one."""
+        """Whoever has not even the update that our newest one continues needs a whole one; we, of each new process."""
+        self._replicas.met(event.peer, event.epoch)
         if event.seen < self._newest_base:
             self.link.lacking.add(event.peer)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from p2pfl import topology
 from p2pfl.analysis import compare_contraction, consensus_distance
-from p2pfl.config import PROCESS_FAULTS, Experiment, to_toml
+from p2pfl.config import LABEL_FLIP, PROCESS_FAULTS, VECTOR_LIES, Experiment, to_toml
 from p2pfl.control import forget
 from p2pfl.data import Part, load_part, load_parts
 from p2pfl.identity import Identity, Member, Roster
@@ -40,6 +40,7 @@ from p2pfl.runtime import assemble, leave_on_signals
 from p2pfl.topology import Topology
 from p2pfl.topology.fit import check_graph
 from p2pfl.topology.implied import implied
+from p2pfl.trainer import is_personal
 from p2pfl.weights import mass
 
 HOST = "127.0.0.1"
@@ -103,10 +104,21 @@ class Outcome:
 def check_faults(experiment: Experiment) -> None:
     """BadInput for a fault that cannot be done to processes on one machine."""
     for index, fault in enumerate(experiment.faults):
-        if fault.kind not in PROCESS_FAULTS:
+        if fault.kind not in PROCESS_FAULTS and fault.about not in VECTOR_LIES:
+            what = fault.kind if fault.about is None else f"{fault.kind} about {fault.about}"
             raise BadInput(
-                f"faults.{index}: `p2pfl up` can do {', '.join(PROCESS_FAULTS)}, not {fault.kind}: "
-                "use `p2pfl simulate` for that"
+                f"faults.{index}: `p2pfl up` can do {', '.join(PROCESS_FAULTS)}, and lie about what was learnt, "
+                f"not {what}: use `p2pfl simulate` for that"
+            )
+
+
+def check_lies(experiment: Experiment, parts: Mapping[str, Part]) -> None:
+    """BadInput for a lie that these rows do not allow."""
+    for index, fault in enumerate(experiment.faults):
+        if fault.about == LABEL_FLIP and not parts[experiment.name_of(fault.node)].train.classes:
+            raise BadInput(
+                f"faults.{index}: a lie about {LABEL_FLIP} turns classes round, and these data have quantities: "
+                'use about = "negate"'
             )
 
 
@@ -117,6 +129,7 @@ def prepare(experiment: Experiment, run: Run) -> Ground:
     topology.neighbourhoods(graph, graph.names[0], weights)(0)  # solved, or refused, before anything starts
     torch.set_num_threads(1)  # sums in one order; and a parent whose torch has started threads must not fork
     parts = dict(zip(graph.names, load_parts(experiment), strict=True))
+    check_lies(experiment, parts)
     masses = {name: mass(weights, len(part.train)) for name, part in parts.items()}
     write_text(run.experiment, to_toml(experiment))
     write_json(run.topology, _json(topology.node_link(graph, weights, masses)))
@@ -215,7 +228,8 @@ def _be_node(
     suffered: int,
 ) -> int:
     name = identity.name
-    faults = deque(experiment.faults_for(name)[suffered:])
+    # Lies are its trainer's affair.
+    faults = deque([fault for fault in experiment.faults_for(name) if fault.kind in PROCESS_FAULTS][suffered:])
 
     def say(message: Line) -> None:
         if not _say(pipe, message):
@@ -464,6 +478,9 @@ def conclude(experiment: Experiment, run: Run, ground: Ground, nodes: Sequence[E
         received=sum(node.received for node in nodes),
         contraction=_json(compare_contraction(lines, ground.masses, facts)),
         topology=facts,
+        personal=any(
+            is_personal(experiment, make_learner(experiment, ground.parts[name], name)) for name in finished[:1]
+        ),
     )
     write_json(run.summary, summary)
     failed = tuple(node.name for node in nodes if not node.finished and not experiment.is_doomed(node.name))

@@ -158,8 +158,19 @@ def as_told(experiment: Experiment, name: str, round: int, own: Tensor, heard: T
         if about in ATTACKS:
             attack, usual = ATTACKS[about]
             random = torch.Generator().manual_seed(torch_seed(experiment.seed, "lie", name, round))
-            told = attack(own, heard, strength or usual, random)
+            told = attack(own, heard, usual if strength is None else strength, random)
     return told
+
+
+def runs_of(experiment: Experiment, learner: TorchLearner) -> tuple[Run, ...]:
+    """Where in the learner's vector that lies which this experiment shares; see `shared_runs`."""
+    kept = learner.norms if experiment.mix.norms == "own" else frozenset[str]()
+    return shared_runs(learner.schema, experiment.mix.shared, kept)
+
+
+def is_personal(experiment: Experiment, learner: TorchLearner) -> bool:
+    """Whether a part of the model stays each node's own, so that no two have the same one in the end."""
+    return runs_of(experiment, learner) != (Run(0, learner.schema.size),)
 
 
 def shared_runs(schema: Schema, patterns: Sequence[str], kept: frozenset[str]) -> tuple[Run, ...]:
@@ -199,15 +210,14 @@ class Trainer:
         self._name = name
         self._recipe = recipe_of(experiment)
         self._rule = aggregator_of(experiment)
-        kept = learner.norms if experiment.mix.norms == "own" else frozenset[str]()
-        self._runs = shared_runs(learner.schema, experiment.mix.shared, kept)
-        self._probe = Probe(learner.schema.size, stream(0, "probe"))
+        self._runs = runs_of(experiment, learner)
         vector = learner.vector
         self._memory = {name: torch.zeros_like(vector) for name in rules.memory_names(self._recipe)}
         self._rate, self._steps = learner.rate(0), learner.steps
         self._extra: Tensor | None = None
         self._everything = self._runs == (Run(0, vector.numel()),)
         shared = sum(run.end - run.start for run in self._runs)
+        self._probe = Probe(shared, stream(0, "probe"))
         self.size = shared * rules.vectors_sent(self._recipe)  # S
         self.codec = codec_of(experiment, self.size)
         self.differences = sends_differences(experiment, varies)
@@ -281,7 +291,11 @@ class Trainer:
         self._extra = self._second(vector)
         if not self._in_place:
             self._gather(vector, self._extra, out=self._own)
-        self.public = as_told(self._experiment, self._name, job.round, self._own, self._heard) if self._lies else self._own
+        self.public = self._own
+        if self._running is not None:
+            self._hand_out(self._running, job)
+        if self._lies:
+            self.public = as_told(self._experiment, self._name, job.round, self.public, self._heard)
         if self.replica is not None:
             self.change = self.public - self.replica
             self.replica.add_(self.codec.approximate(self.change, self.number(job.round)))
@@ -289,8 +303,6 @@ class Trainer:
         elif self.codec.name != "none":
             self.change = self.public
             self.public = self.codec.approximate(self.public, self.number(job.round))
-        if self._running is not None:
-            self._hand_out(self._running, job)
         if self._experiment.mix.schedule == "pairwise":
             self._sent.append((job.round, self.public.clone()))
 
@@ -323,17 +335,16 @@ class Trainer:
         linear = self._rule is None and self.replica is None and self._running is None
         shared = self.size // rules.vectors_sent(self._recipe)
         consensus = distance_to_mean(self.public[:shared], [t.vector[:shared] for t in terms])
-        before = self._probe(vector) if linear else ()
+        before = self._probed() if linear else ()
         if job.jump:
-            self._jump(terms)
+            self._jump(job, terms)
         else:
             self._absorb(self._mix(job, terms))
         if job.restart:
             rules.restart(self._recipe, self._memory)
-            self._absorbed.clear()
             if self._running is not None:
                 self._running.zero_()
-        after = self._probe(vector) if linear else ()
+        after = self._probed() if linear else ()
         mixed_at = clock()
         scores = self.learner.evaluate() if is_evaluated(self._experiment.train, job.round - 1) else NO_SCORES
         return Folded(scores, consensus, mixed_at - begin, clock() - mixed_at, before, after)
@@ -385,13 +396,21 @@ class Trainer:
         else:
             vector.copy_(mixed_vector)
 
-    def _jump(self, terms: Sequence[Term]) -> None:
+    def _jump(self, job: Compute, terms: Sequence[Term]) -> None:
         """Take others' newest models in place of rounds that were missed: the rule has nothing to learn from that."""
         vector = self.learner.vector
-        mixed = self._aggregate(self._gather(vector, self._second(vector)), terms)
+        if job.kept is not None:  # they are running sums
+            mixed = self._add_differences(job.kept, terms)
+        else:
+            mixed = self._aggregate(self._gather(vector, self._second(vector)), terms)
         self._scatter(mixed, vector)
 
     # -- Where the shared part lies ----------------------------------------------------------------------------------
+
+    def _probed(self) -> tuple[float, ...]:
+        """Projections of what is mixed."""
+        vector = self.learner.vector
+        return self._probe(vector if self._everything else self._gather(vector, None))
 
     def _gather(self, vector: Tensor, extra: Tensor | None, out: Tensor | None = None) -> Tensor:
         both = (vector,) if extra is None else (vector, extra)

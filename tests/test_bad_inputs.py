@@ -172,7 +172,7 @@ class Victim:
 
     @property
     def vector(self) -> np.ndarray:
-        return self.runtime._worker._learner.vector.numpy()
+        return self.runtime._worker._trainer.learner.vector.numpy()
 
     def state(self) -> tuple[object, ...]:
         """What no bad input may change."""

@@ -44,6 +44,7 @@ LIBRARIES = {
     "runtime": {"torch", "safetensors"},
     "swarm": {"torch", "safetensors", "numpy"},
     "sim": {"networkx", "numpy", "torch"},  # a folder, too
+    "advise": {"torch"},
     "plots": {"matplotlib", "networkx", "numpy"},
     "report": {"matplotlib", "numpy"},
     "export": {"torch", "safetensors"},

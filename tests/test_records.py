@@ -220,6 +220,7 @@ def test_the_summary_is_the_one_of_the_contract() -> None:
         "rounds": 5,
         "seconds": 12.5,
         "metrics": {"loss": {"mean": 0.5, "min": 0.25, "max": 0.75}, "rmse": {"mean": 2.0, "min": 1.0, "max": 3.0}},
+        "personal": None,
         "mean_model": {"loss": 0.2},
         "consensus_distance": 0.01,
         "bytes": {"sent": 100, "received": 90},

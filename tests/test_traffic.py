@@ -38,7 +38,7 @@ def experiment() -> Experiment:
 def member(index: int, folder: Path, dials: list[Dial], sent: list[bytes]) -> Runtime:
     def before_round(round: int) -> None:
         if round > 0:  # the vector is still what was sent: it is folded next
-            sent.append(runtime._worker._learner.vector.numpy().tobytes())
+            sent.append(runtime._worker._trainer.learner.vector.numpy().tobytes())
 
     runtime = assemble(
         experiment(),

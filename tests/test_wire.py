@@ -16,7 +16,9 @@ from p2pfl.messages import (
     MAX_EPOCH,
     MAX_ROUND,
     NAME_PATTERN,
+    OFFENCES,
     PROTOCOL_VERSION,
+    Accusation,
     BadMessage,
     Channel,
     Chunk,
@@ -63,6 +65,7 @@ EXAMPLES: dict[type[WireMessage], WireMessage] = {
         (Hint("carol", 0, 7),),
     ),
     Receipt: Receipt(3),
+    Accusation: Accusation("bob", "bad_value", (b"manifest", b"g" * 64)),
     Grant: Grant(3, 8),
     Resume: Resume(3, 8),
     Refused: Refused(3, "bad_schema"),
@@ -112,6 +115,7 @@ names = st.from_regex(NAME_PATTERN, fullmatch=True)
 rounds = st.integers(0, MAX_ROUND)
 digests = st.binary(min_size=32, max_size=32)
 signatures = st.binary(min_size=64, max_size=64)
+signed = st.tuples(st.binary(min_size=1, max_size=MAX_MANIFEST), signatures)
 addresses = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=262)
 records = st.builds(
     MemberRecord, names, st.integers(1, MAX_EPOCH), rounds, addresses, st.booleans(), signature=signatures
@@ -142,6 +146,8 @@ messages = st.one_of(
         st.lists(hints, max_size=4),
     ),
     st.builds(Receipt, rounds),
+    st.builds(lambda name, code, one: Accusation(name, code, one), names, st.sampled_from(OFFENCES[1:]), signed),
+    st.builds(lambda name, one, two: Accusation(name, "equivocation", one + two), names, signed, signed),
     st.builds(Grant, rounds, st.integers(1, 2**31)),
     st.builds(Resume, rounds, st.integers(1, 2**31)),
     st.builds(Refused, rounds, names),
@@ -219,6 +225,7 @@ def test_the_type_numbers_never_change() -> None:
         "Receipt": 7,
         "Gossip": 8,
         "Resume": 9,
+        "Accusation": 10,
         "Offer": 16,
         "Chunk": 17,
     }
@@ -425,7 +432,7 @@ def test_a_header_has_exactly_its_keys(message: WireMessage) -> None:
         assert refused(pack(header | {key: 0}), body) == "bad_header"
 
 
-@pytest.mark.parametrize("number", [0, 10, 15, 18, -1, 2**63, True, 3.0, "3", b"3", None, [], {}], ids=repr)
+@pytest.mark.parametrize("number", [0, 11, 15, 18, -1, 2**63, True, 3.0, "3", b"3", None, [], {}], ids=repr)
 def test_a_type_that_is_not_known_is_refused(number: object) -> None:
     assert refused(msgpack.packb({"type": number, "round": 0})) == "unknown_type"
     assert refused(msgpack.packb({"round": 0})) == "unknown_type"
@@ -451,12 +458,36 @@ def test_a_version_mismatch_names_both() -> None:
 @EVERY_MESSAGE
 def test_a_body_stands_where_it_belongs_and_is_no_larger_than_it_may_be(message: WireMessage) -> None:
     header, _ = encode(message)
-    gossip = MAX_GOSSIPED * (MAX_ENTRY + 2 + 64)
-    limit = {Offer: MAX_MANIFEST, Chunk: CHUNK + TAG, Gossip: gossip}.get(type(message), 0)
+    gossip, evidence = MAX_GOSSIPED * (MAX_ENTRY + 2 + 64), 2 * (MAX_MANIFEST + 2 + 64)
+    limits = {Offer: MAX_MANIFEST, Chunk: CHUNK + TAG, Gossip: gossip, Accusation: evidence}
+    limit = limits.get(type(message), 0)
     assert refused(header, bytes(limit + 1)) == "bad_body"
-    assert isinstance(message, Gossip) or isinstance(decode(header, bytes(limit)), type(message))
+    assert isinstance(message, (Gossip, Accusation)) or isinstance(decode(header, bytes(limit)), type(message))
     if limit:
         assert refused(header, b"") == "bad_body"
+
+
+# -- What one is accused of ------------------------------------------------------------------------------------------
+
+
+def manifest_of(size: int) -> bytes:
+    """So many bytes that stand for a manifest, and what stands for its signature."""
+    return size.to_bytes(2, "big") + bytes(size) + b"g" * 64
+
+
+def test_the_evidence_fills_the_body_exactly() -> None:
+    one, two = (pack({"type": 10, "name": "bob", "code": code}) for code in ("bad_mass", "equivocation"))
+    largest = manifest_of(MAX_MANIFEST)
+    assert decode(one, largest).evidence == (bytes(MAX_MANIFEST), b"g" * 64)
+    assert decode(two, largest + manifest_of(1)).evidence == (bytes(MAX_MANIFEST), b"g" * 64, b"\0", b"g" * 64)
+    cut = largest[:-1], largest[: MAX_MANIFEST // 2], b"\0", manifest_of(0), manifest_of(MAX_MANIFEST + 1)
+    for header, bodies in ((one, (*cut, largest + b"x", 2 * largest)), (two, (*cut, largest, largest + b"x"))):
+        assert {refused(header, body) for body in bodies} == {"bad_body"}
+
+
+@pytest.mark.parametrize("code", ["stale", "bad_signature", "flood", "Bad_value", ""])
+def test_nobody_is_accused_of_what_leaves_nothing_signed_behind(code: str) -> None:
+    assert refused(pack({"type": 10, "name": "bob", "code": code}), manifest_of(1)) == "bad_header"
 
 
 # -- What members say of themselves ----------------------------------------------------------------------------------

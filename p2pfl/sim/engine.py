@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+from p2pfl.asynchronous import OUTSTANDING
 from p2pfl.membership import MAX_STRETCH, suspicion_timeout
 from p2pfl.messages import (
     BadInput,
@@ -189,7 +190,7 @@ def replay(seed: int, *, make_node: Callable[[Settings, float], Node] = Node) ->
 
 def number(scenario: Scenario, name: str) -> Worker:
     """A model of one number for this node."""
-    return Number(scenario.values[name], scenario.targets[name], scenario.rate)
+    return Number(scenario.values[name], scenario.targets[name], scenario.rate, scenario.settings.schedule)
 
 
 class Engine:
@@ -408,6 +409,8 @@ class Engine:
     def _compute(self, life: Life, job: Compute, effects: list[Effect]) -> None:
         for check in AT_COMPUTE:
             self._require(check(life, job, effects), check.__name__, life.name)
+        why = self._ledger.running_sums_make_no_mass(life, job)
+        self._require(why, "running_sums_make_no_mass", life.name)
         machine, worker, caught_up = life.machine, life.worker, catches_up(effects)
         seconds = machine.compute_seconds * machine.slowness * self._spread.uniform(1.0, 1.0 + COMPUTE_SPREAD)
         folded, saved, parcel = None, None, None
@@ -436,6 +439,9 @@ class Engine:
         self._note(f"{life.name} computes {job.round} {job.mass!r} {job.reach!r} {worker.reading!r} of {shown}")
         life.came = {} if caught_up else _may_still_count(life.came, job.round - life.node.settings.staleness)
         life.own, life.stake = parcel, Stake(job.mass, job.reach)
+        if parcel is not None:
+            life.made[job.round] = parcel
+            life.made.pop(job.round - OUTSTANDING, None)
         life.counted = {peer: life.greeted[peer] for peer in life.part(job.round).hears if peer in life.greeted}
         machine.round = life.said_round = job.round
         life.worked_since = min(life.worked_since, self.clock.now)
@@ -500,6 +506,7 @@ class Engine:
         if saved is not None:
             worker.restore(saved.state)
         self._ledger.moved(machine, worker.reading)
+        self._ledger.brings(machine, machine.mass if saved is None else saved.mass)
         settings = self._settings(machine, saved)
         node = self._make_node(settings, self.clock.now)
         life = Life(machine, machine.name, disk.epoch, node, worker, self.clock.now, round=node.round)
@@ -590,6 +597,7 @@ class Engine:
         self._disturb()
         self._note(f"{life.name} ends")
         life.alive, life.machine.life = False, None
+        self._ledger.takes_along(life.machine)
         self._ended = self.clock.now
         self._node_seconds += self._ended - life.began
         self.links.leave(life, power)

@@ -5,7 +5,7 @@ sums. One experiment gives one run folder, byte for byte, on whatever machine do
 
 All seconds in the records are virtual and count from the start of the simulation: a round's computing takes about
 COMPUTE_SECONDS, a message 15 to 65 ms (`Scenario.latency` and `jitter`). Mixing and evaluating take none. Bytes are
-those of the vectors that were sent and that came, four a parameter: nothing is sealed, signed or framed here.
+those of the vectors that were sent and that came, in the experiment's codec: nothing is sealed, signed or framed here.
 Checkpoints are kept in memory.
 """
 
@@ -54,9 +54,10 @@ def simulate(
     """
     ground = prepare(experiment, run)
     first = ground.graph.names[0]
-    schema = make_learner(experiment, ground.parts[first], first).schema
-    probe = Probe(schema.size, stream(0, "probe"))
-    recorder = Recorder(run, schema.nbytes, observe)
+    learner = make_learner(experiment, ground.parts[first], first)
+    nbytes = Trainer(learner, experiment, first, varies=ground.graph.varies).codec.nbytes
+    probe = Probe(learner.schema.size, stream(0, "probe"))
+    recorder = Recorder(run, nbytes, observe)
 
     def make_worker(_: Scenario, name: str) -> ModelWorker:
         learner = make_learner(experiment, ground.parts[name], name)
@@ -78,8 +79,8 @@ def simulate(
             machine.finished,
             recorder.last_metrics.get(name, {}),
             recorder.lives[name].node.conduct.counts if name in recorder.lives else {},
-            machine.sent * schema.nbytes,
-            machine.received * schema.nbytes,
+            machine.sent * nbytes,
+            machine.received * nbytes,
             engine.failures.get(name, ""),
         )
         for name, machine in engine.machines.items()

@@ -258,12 +258,25 @@ class Ledger:
         settings = scenario.settings
         self._machines = list(machines)
         symmetric = settings.weights not in (*PUSH_SUM, "uniform-neighbours") and not scenario.topology.directed
-        self._applies = settings.staleness == 0 and symmetric
+        in_pairs = settings.schedule == "pairwise"
+        self._applies = (settings.staleness == 0 and symmetric) or in_pairs
+        self._sums = settings.schedule == "push-sum"
+        self._held: dict[str, float] = {}  # mass of running sums, by node
+        self._brought = 0.0  # all of it that may be there: what nodes had when they started, less what ended with them
         self._pushes = settings.weights in PUSH_SUM
         self._start = self._total()
         self._moved: list[float] = []  # by training, by starting again, by catching up
         self._one_sided: dict[tuple[Parcel, Parcel], float] = {}  # (own, folded) → what it moved
         self._takers: dict[Parcel, set[str]] = {}
+
+    def brings(self, machine: Machine, mass: float) -> None:
+        """A process of this machine starts with that mass."""
+        self._held[machine.name] = mass
+        self._brought += mass
+
+    def takes_along(self, machine: Machine) -> None:
+        """Its process has ended."""
+        self._brought -= self._held.pop(machine.name, 0.0)
 
     def _total(self) -> float:
         return math.fsum(machine.mass * machine.reading for machine in self._machines)
@@ -291,11 +304,25 @@ class Ledger:
     def a_fold_is_the_weighted_mean(self, life: Life, job: Compute, after: float) -> str | None:
         """A vector moves by the sum of w_ij (x_j - x_i): what is left of 1 stays with oneself."""
         before = life.machine.reading
-        terms = [c.weight * (parcel_of(c).reading - before) for c in job.contributions]
+        terms = [c.weight * (parcel_of(c).reading - self._reading(life, c, before)) for c in job.contributions]
         scale = max([abs(before), *(abs(parcel_of(c).reading) for c in job.contributions)])
         if abs(after - before - math.fsum(terms)) > life.worker.rounding * max(scale, 1.0):
             return f"from {before} it went to {after}, not by {math.fsum(terms)}"
         return None
+
+    def _reading(self, life: Life, contribution: Contribution, own: float) -> float:
+        """Of the own vector that this one is held against: that of now, or the one that it was exchanged for."""
+        return own if contribution.reference is None else life.made[contribution.reference].reading
+
+    def running_sums_make_no_mass(self, life: Life, job: Compute) -> str | None:
+        """All nodes together never hold more than they brought: what is under way, or lost, nobody holds."""
+        if not self._sums or job.held is None:
+            return None
+        self._held[life.name] = job.portion or job.held
+        held = math.fsum(self._held.values())
+        if held <= self._brought * (1 + ROUNDING) or any(machine.lied for machine in self._machines):
+            return None
+        return f"all hold {held}, and brought {self._brought}"
 
     def vectors_stay_finite(self, life: Life, job: Compute, after: float) -> str | None:
         """No vector runs away: means do not, and training draws each to its target."""
@@ -307,8 +334,9 @@ class Ledger:
         if not self._applies or caught_up:
             self.moved(machine, after)
             return None
-        own, terms = life.own, list[float]()
+        terms = list[float]()
         for contribution in job.contributions:
+            own = life.own if contribution.reference is None else life.made[contribution.reference]
             assert own is not None
             parcel = parcel_of(contribution)
             term = machine.mass * contribution.weight * (parcel.reading - own.reading)

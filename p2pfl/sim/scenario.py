@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +14,7 @@ from p2pfl.node import Settings
 from p2pfl.rng import stream
 from p2pfl.sim.faults import Fault, random_schedule
 from p2pfl.topology import Topology, build
+from p2pfl.topology.schedules import SCHEDULES
 
 SOAK_MINUTES = 25.0  # of one drawn scenario, about
 ROUND_SECONDS = (10.0, 40.0)  # of computing
@@ -90,13 +92,14 @@ def random_scenario(seed: int, minutes: float = SOAK_MINUTES) -> Scenario:
     """Some network under some faults for about so many minutes, a pure function of the seed.
 
     Half of them average over a graph that stays as it is, in step, as an experiment without any settings does; the rest
-    turn the knobs. One in four has a member that lies.
+    turn the knobs, and some have no rounds in common. One in four has a member that lies.
     """
     random = stream(seed, "scenario")
     family = str(random.choice(list(FAMILIES), p=np.array(list(FAMILIES.values())) / sum(FAMILIES.values())))
     low, high = SIZES.get(family, (5, 16))
     nodes = int(random.integers(low, high + 1))
     weights, heal = _weights(random, family), bool(random.random() < 0.8)
+    schedule, weights = _schedule(seed, family, weights)
     section = TopologySection.model_validate({"graph": family, "nodes": nodes, "weights": weights, "heal": heal})
     topology = build(section, seed)
     names = topology.names
@@ -112,7 +115,9 @@ def random_scenario(seed: int, minutes: float = SOAK_MINUTES) -> Scenario:
         checkpoint_every=int(random.integers(2, 9)),
     )
     plain = not topology.varies and weights not in PUSH_SUM and not settings.two_way
-    if plain and random.random() < 0.3:
+    if schedule != "sync":
+        settings = replace(settings, schedule=schedule, staleness=math.inf, two_way=False)
+    elif plain and random.random() < 0.3:
         settings = replace(settings, staleness=float(random.choice([1.0, 2.0, np.inf])))
     masses = {name: float(random.integers(10, 500)) if weights in BY_ROWS else 1.0 for name in names}
     late = {name for name in names if random.random() < 0.1}
@@ -138,6 +143,14 @@ def random_scenario(seed: int, minutes: float = SOAK_MINUTES) -> Scenario:
         faults=random_schedule(random, names, links, horizon, rate=rate, liar=liar),
         limit=20 * horizon,
     )
+
+
+def _schedule(seed: int, family: str, weights: str) -> tuple[str, str]:
+    """One in three of the graphs that stay as they are has no common rounds; and the weights that go with that."""
+    schedule = str(stream(seed, "schedule").choice(["pairwise", "gossip", "push-sum", *["sync"] * 6]))
+    if schedule == "sync" or family in SCHEDULES:
+        return "sync", weights
+    return schedule, "push-sum" if schedule == "push-sum" else "metropolis"
 
 
 def _weights(random: np.random.Generator, family: str) -> str:

@@ -15,10 +15,13 @@ from typing import Protocol
 
 import numpy as np
 
+from p2pfl.asynchronous import OUTSTANDING
 from p2pfl.messages import (
+    LAST,
     Accusation,
     Compute,
     Computed,
+    Contribution,
     Folded,
     Goodbye,
     Gossip,
@@ -104,27 +107,52 @@ class Number:
     """A model of one number, which training draws `rate` of the way to a `target` of its own."""
 
     rounding = 1e-9  # far above that of float64, far below what matters
-    averages = True
 
-    def __init__(self, value: float, target: float, rate: float) -> None:
+    def __init__(self, value: float, target: float, rate: float, schedule: str = "sync") -> None:
         self.value, self._target, self._rate = value, target, rate
+        self._sums = schedule == "push-sum"
+        self._running = 0.0  # of all that was handed out to one neighbour
+        self._taken: dict[str, float] = {}  # peer → its running sum as it came last
+        self._sent: dict[int, float] = {}  # the newest ones, by round
+
+    @property
+    def averages(self) -> bool:
+        """See `Worker.averages`."""
+        return not self._sums
 
     @property
     def reading(self) -> float:
         return self.value
 
     def fold(self, job: Compute) -> Folded:
-        own = 1.0 - math.fsum(c.weight for c in job.contributions)
-        terms = [c.weight * c.vector for c in job.contributions if isinstance(c.vector, float)]
-        self.value = math.fsum([own * self.value, *terms])
+        own = 1.0 - math.fsum(c.weight for c in job.contributions) if job.kept is None else job.kept
+        terms = [own * self.value]
+        for contribution in job.contributions:
+            assert isinstance(contribution.vector, float)
+            terms.append(contribution.weight * (contribution.vector - self._reference(contribution)))
+            if self._sums:
+                self._taken[contribution.peer] = contribution.vector
+        self.value = math.fsum(terms)
+        if job.restart:
+            self._running = 0.0
         return Folded(NO_SCORES, 0.0, 0.0, 0.0)
+
+    def _reference(self, contribution: Contribution) -> float:
+        if contribution.reference is None:
+            return 0.0
+        if contribution.reference == LAST:
+            return self._taken[contribution.peer]
+        return self._sent[contribution.reference]
 
     def check(self, vector: object) -> None:
         """A number is always good."""
 
     def train(self, job: Compute) -> tuple[Trained, object]:
         self.value += job.step * self._rate * (self._target - self.value)
-        return Trained(0.0, NO_SCORES, 0.0, 0.0), self.value
+        self._running += job.portion * self.value
+        self._sent[job.round] = self.value
+        self._sent.pop(job.round - OUTSTANDING, None)
+        return Trained(0.0, NO_SCORES, 0.0, 0.0), self._running if self._sums else self.value
 
     def state(self) -> object:
         return self.value
@@ -305,6 +333,7 @@ class Life:
     round: int = 0
     known: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # peer → epoch, heard, confirmed
     own: Parcel | None = None  # of the round in progress
+    made: dict[int, Parcel] = field(default_factory=dict)  # the newest ones, by round
     epochs: dict[str, int] = field(default_factory=dict)  # peer → the newest of its processes that said hello
     stake: Stake | None = None  # of the round in progress
     greeted: dict[str, float] = field(default_factory=dict)  # peer → the mass that its hello said

@@ -206,6 +206,16 @@ def _healed(graph: nx.Graph, gone: Iterable[str]) -> nx.Graph:
     return healed
 
 
+def over(section: TopologySection, seed: int, whole: Topology, living: tuple[str, ...]) -> Topology:
+    """What these survivors of `whole`, sorted, go on with: `among`, or the whole one where no weights hold on that."""
+    topology = among(section, seed, whole, living)
+    try:
+        check_weights(topology.at(0), section.weighting)
+    except BadInput:  # given weights of one-way edges: nobody could say what new edges weigh
+        return whole
+    return topology
+
+
 def wiring(section: TopologySection, seed: int, whole: Topology, name: str) -> Callable[[tuple[str, ...]], Wiring]:
     """Who lives → this node's part of the graph over them; of the whole one, where the weights hold on no other.
 
@@ -213,11 +223,7 @@ def wiring(section: TopologySection, seed: int, whole: Topology, name: str) -> C
     """
 
     def of(living: tuple[str, ...]) -> Wiring:
-        topology = among(section, seed, whole, living)
-        try:
-            check_weights(topology.at(0), section.weighting)
-        except BadInput:  # given weights of one-way edges: nobody could say what new edges weigh
-            topology = whole
+        topology = over(section, seed, whole, living)
         return Wiring(tuple(sorted(topology.union()[name])), neighbourhoods(topology, name, section.weighting))
 
     return of
