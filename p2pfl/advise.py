@@ -89,17 +89,18 @@ def advise(facts: Facts, accepts: Callable[[Settings], bool] = lambda settings: 
 
     Of each the first proposal that the experiment takes, `accepts` being asked, alone and with those before it.
     """
-    found: list[Advice] = []
     together: dict[str, Setting] = {}
-    for proposals in (_graph(facts), _weights(facts), _correction(facts), _robustness(facts), _cost(facts)):
-        best = next(
-            one
-            for one in proposals
-            if not one.settings or (accepts(one.settings) and accepts({**together, **one.settings}))
-        )
-        together |= best.settings
-        found.append(best)
-    return found
+
+    def choose(proposals: list[Advice]) -> Advice:
+        for one in proposals[:-1]:
+            if accepts(one.settings) and accepts({**together, **one.settings}):
+                together.update(one.settings)
+                return one
+        return proposals[-1]
+
+    graph, steps = choose(_graph(facts)), choose(_steps(facts))
+    led = steps.settings.get("mix.correction") == "led"
+    return [graph, choose(_weights(facts, led)), steps, choose(_trust(facts)), choose(_cost(facts, led))]
 
 
 # -- The five lines: proposals, best first, the last of which changes nothing -----------------------------------------
@@ -116,7 +117,8 @@ def _graph(facts: Facts) -> list[Advice]:
         return [Advice({}, f"keep {facts.graph}: {state}")]
     gain = f"a random graph of {USUAL_DEGREE} neighbours has {facts.better_gap:.3f}"
     if facts.drawn_by_hand or facts.better_gap <= facts.gap:
-        return [Advice({}, f"keep {facts.graph}, whose links are given: {state}; {gain}")]
+        given = ", whose links are given" if facts.drawn_by_hand else ""
+        return [Advice({}, f"keep {facts.graph}{given}: {state}; {gain}")]
     return [
         Advice(
             {"topology.graph": "random-regular", "topology.degree": USUAL_DEGREE}, f"on {facts.graph} {state}; {gain}"
@@ -125,12 +127,12 @@ def _graph(facts: Facts) -> list[Advice]:
     ]
 
 
-def _weights(facts: Facts) -> list[Advice]:
+def _weights(facts: Facts, led: bool) -> list[Advice]:
     rows = f"nodes have {facts.rows_min} to {facts.rows_max} rows"
     keep = f"keep {facts.weights}: "
     if facts.push_sum:
         return [Advice({}, f"{keep}links go one way, and push-sum ends at the mean all the same")]
-    if _is_correctable(facts) and facts.static:
+    if led:
         least = "" if facts.lambda_min is None else f" (the least with {facts.weights} is {facts.lambda_min:.2f})"
         why = f"led diverges at eigenvalues of {DIVERGENCE:.2f} and below{least}: (I + W) / 2 has none below 0"
         return [Advice({"topology.weights": "lazy"}, why), Advice({}, f"{keep}{rows}")]
@@ -148,7 +150,7 @@ def _weights(facts: Facts) -> list[Advice]:
     return [Advice({}, f"{keep}{rows}, so that nodes and rows count alike")]
 
 
-def _correction(facts: Facts) -> list[Advice]:
+def _steps(facts: Facts) -> list[Advice]:
     skew = f"a node's labels differ from all labels by {facts.skew:.2f} (0: alike, 1: nothing in common)"
     if facts.push_sum:
         return [Advice({}, f"no momentum of the network, and no correction: push-sum divides by a mass; {skew}")]
@@ -180,7 +182,7 @@ def _correction(facts: Facts) -> list[Advice]:
     corrected = momentum | {"mix.momentum": "none", "mix.correction": "led" if facts.static else "k-gt"}
     why = "steps have no momentum then: train.lr may be 2 to 5 times as large"
     if facts.static:
-        corrected |= {"topology.weights": "lazy", "train.schedule": "constant"}
+        corrected |= {"topology.weights": "lazy"}
         led = f"{skew}: led removes that bias without a byte, on edges that stay and go both ways; {why}"
         return [Advice(corrected, led), *proposals]
     k_gt = f"{skew}: k-gt removes that bias where neighbours change, for a second vector in each message; {why}"
@@ -194,7 +196,7 @@ def _is_correctable(facts: Facts) -> bool:
     return skewed and firm and facts.sgd
 
 
-def _robustness(facts: Facts) -> list[Advice]:
+def _trust(facts: Facts) -> list[Advice]:
     heard = f"a node hears at least {_count(facts.degree, 'neighbour')}"
     if facts.push_sum or facts.by_rows or not facts.in_step:
         why = "push-sum" if facts.push_sum else "a mean over rows" if facts.by_rows else "a schedule without rounds"
@@ -215,20 +217,20 @@ def _robustness(facts: Facts) -> list[Advice]:
     return [Advice(settings, why), Advice({}, f"keep the rule; {why}")]
 
 
-def _cost(facts: Facts) -> list[Advice]:
+def _cost(facts: Facts, led: bool) -> list[Advice]:
     sends = f"a node sends {facts.bytes_sent / 1e6:.3g} MB a round ({facts.parameters} parameters)"
     steps = f"{facts.local_steps} local steps"
-    settings: dict[str, Setting] = {}
+    settings: Settings = {}
     long, skewed = facts.rounds >= MANY_ROUNDS, facts.skew >= HIGH_SKEW
-    if long and skewed and facts.local_steps > MOST_STEPS and not _is_correctable(facts):
-        settings["train.local_steps"] = MOST_STEPS
+    if long and skewed and facts.local_steps > MOST_STEPS and not led:
+        settings = {"train.local_steps": MOST_STEPS}
         steps = f"{steps} between two mixings pull nodes with skewed rows apart, {MOST_STEPS} less so"
     if facts.bytes_sent < MANY_BYTES:
         few = f"{sends}, too little to compress; {steps}"
-        return [*([Advice(settings, few)] if settings else []), Advice({}, f"{sends}, too little to compress; {steps}")]
+        return [*([Advice(settings, few)] if settings else []), Advice({}, few)]
     return [
         Advice(
-            settings | {"mix.compress": codec}, f"{sends}: {codec} sends {share} of it at no measurable loss; {steps}"
+            {**settings, "mix.compress": codec}, f"{sends}: {codec} sends {share} of it at no measurable loss; {steps}"
         )
         for codec, share in (("int8", "a quarter"), ("bf16", "half"))
     ] + [Advice({}, f"{sends}; {steps}")]

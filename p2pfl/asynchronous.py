@@ -52,8 +52,8 @@ class Exchanges:
     they have learnt since: x ← x + ½ (b - a) here, x ← x + ½ (a - b) there, and the mean stays where it is.
     AD-PSGD: Lian, Zhang, Zhang and Liu, Asynchronous Decentralized Parallel SGD, 2018.
 
-    Who asks sends an update; the other one answers with its own, or declines. Of each peer at most one answer is
-    awaited, and what two ask of each other at the same time is one exchange. Both ends know that it is: an update that
+    Who asks sends an update; the other one answers at once with its own, or declines. Of each peer at most one answer
+    is awaited, and two questions that cross on the way are one exchange. Both ends know that they do: an update that
     asks says what its maker had heard of the other one before, and so whether it knew of the other's question.
     """
 
@@ -69,15 +69,20 @@ class Exchanges:
         self._partners[own_round] = peer
         return ASKS + heard
 
-    def came(self, peer: str, update: Update, newest: int | None) -> Answer:
-        """Take in an update of `peer`. `newest` is the round of the own one that may be the answer, if there is one."""
-        knew = update.reach - ASKS
-        asked = [own for own, partner in self._partners.items() if partner == peer and own > knew]
+    def came(self, peer: str, update: Update, newest: int) -> Answer:
+        """Take in an update of `peer`. `newest`: round of the newest own one that is made; -1 if none may be exchanged.
+
+        Who declines withdraws the question that it has in the making for this peer, for that would look as if it
+        crossed.
+        """
+        knew, asks = update.reach - ASKS, [own for own, partner in self._partners.items() if partner == peer]
+        asked = [own for own in asks if knew < own <= newest]
         if asked:
             own_round, answer = asked[0], Answer.NONE
         elif update.reach == ASKS_NOBODY:
             return Answer.NONE  # it answers what we no longer ask
-        elif newest is None or newest in self._partners:
+        elif newest < 0 or newest in self._partners:
+            self._partners.update((own, "") for own in asks if own > newest)
             return Answer.DECLINED
         else:
             own_round, answer = newest, Answer.NEWEST

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from p2pfl.topology.implied import Implied
 
 DRAWN_SHOWN = 4  # pictured rounds of a graph that is drawn anew for each
+ENGINES = ("event", "lockstep")
 MAX_ROUNDS_DRAWN = 500  # of the comparison: what is slower than that leaves the picture anyway
 
 app = typer.Typer(
@@ -372,7 +373,10 @@ def up(
 @app.command()
 def simulate(
     experiment: Annotated[str, typer.Argument(help="An experiment file, or the name of a built-in one.")],
-    engine: Annotated[str, typer.Option(help="event: every node by itself, in virtual time.")] = "event",
+    engine: Annotated[
+        str,
+        typer.Option(help="event: every node by itself, in virtual time; lockstep: all at once, thousands of them."),
+    ] = "event",
     nodes: Annotated[int | None, typer.Option(help="This many nodes instead.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Where records and models go.")] = None,
     settings: Settings = None,
@@ -382,24 +386,29 @@ def simulate(
 
     Example: p2pfl simulate ring-8 --set 'faults=[{kind="cut", node=0, round=5, seconds=20}]'
     """
-    if engine != "event":
-        raise BadInput(f"--engine {engine}: this version has one engine, event")
+    if engine not in ENGINES:
+        raise BadInput(f"--engine {engine!r} is not known{did_you_mean(engine, ENGINES)}")
     path, loaded = _load_whole(experiment, nodes, settings)
     from p2pfl.progress import Progress
     from p2pfl.sim import experiment as simulation
+    from p2pfl.sim import lockstep
 
+    if engine == "lockstep":
+        lockstep.check(loaded)
+    simulator = lockstep.simulate if engine == "lockstep" else simulation.simulate
     run = create_run(run_dir or default_run_dir(Path(), path.stem, datetime.now()))
     console = Console(stderr=as_json)
     began = time.monotonic()
     with Progress(console, loaded.topology.names, loaded.train.rounds) as progress:
-        outcome = simulation.simulate(loaded, run, progress.observe)
+        outcome = simulator(loaded, run, progress.observe)
     unit = f"s of virtual time (simulated in {time.monotonic() - began:.1f} s)"
     return _show_outcome(console, outcome, run, unit, as_json)
 
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="simulate: the event engine.")],
+    what: Annotated[str, typer.Argument(help="simulate: the two engines of `p2pfl simulate`.")],
+    engine: Annotated[str, typer.Option(help="event, lockstep, or both.")] = "both",
     nodes: Annotated[int, typer.Option(min=5, help="How many nodes.")] = 1000,
     rounds: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 20,
     heal: Annotated[bool, typer.Option(help="As topology.heal: whether all keep a table of all members.")] = True,
@@ -410,19 +419,35 @@ def bench(
     Example: p2pfl bench simulate --nodes 5000 --no-heal
     """
     from p2pfl.sim.bench import bench as measure
+    from p2pfl.sim.bench import bench_lockstep
 
     if what != "simulate":
         raise BadInput(f"there is no benchmark {what!r}{did_you_mean(what, ('simulate',))}")
-    found = measure(nodes, rounds, heal)
+    if engine not in (*ENGINES, "both"):
+        raise BadInput(f"--engine {engine!r} is not known{did_you_mean(engine, (*ENGINES, 'both'))}")
+    found = measure(nodes, rounds, heal) if engine != "lockstep" else {}
+    if engine != "event":
+        found["lockstep"] = bench_lockstep(nodes, rounds)
     if as_json:
         _print_json(found)
         return
-    share = 100 * (number(found, "share_of_limit") or 0.0)
-    sys.stdout.write(
-        f"{nodes} nodes, {rounds} rounds: {found['events']} events in {number(found, 'seconds'):.1f} s, "
-        f"{number(found, 'events_per_second'):,.0f} a second\n"
-        f"the queue and the trace alone reach {number(found, 'limit_events_per_second'):,.0f} a second: {share:.0f} %\n"
-    )
+    if "events" in found:
+        share = 100 * (number(found, "share_of_limit") or 0.0)
+        sys.stdout.write(
+            f"{nodes} nodes, {rounds} rounds: {found['events']} events in {number(found, 'seconds'):.1f} s, "
+            f"{number(found, 'events_per_second'):,.0f} a second\n"
+            f"the queue and the trace alone reach {number(found, 'limit_events_per_second'):,.0f} a second: "
+            f"{share:.0f} %\n"
+        )
+    if "lockstep" in found:
+        each, loop, times = (
+            number(found, "lockstep", key) or 0.0
+            for key in ("rounds_per_second", "loop_rounds_per_second", "times_the_loop")
+        )
+        sys.stdout.write(
+            f"in lockstep, {number(found, 'lockstep', 'parameters'):,.0f} parameters and one step a round: "
+            f"{each:.3g} rounds a second, {times:.1f} times the {loop:.3g} of a loop over the nodes\n"
+        )
 
 
 def _load_whole(experiment: str, nodes: int | None, settings: Sequence[str] | None) -> tuple[Path, Experiment]:

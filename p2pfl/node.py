@@ -358,7 +358,7 @@ class Node:
             raise BadMessage("future", f"round {round}, when {self.settings.name} and most others are at {self.round}")
         if peer not in self._part(round).hears and neighbour.view == self._view:  # else it sees other members living
             raise BadMessage("not_a_neighbour", f"the graph of round {round} has no edge from {peer} to here")
-        if len(neighbour.updates) >= 2:
+        if len(neighbour.updates) >= 2 and self.settings.staleness == 0:  # or else they make room for what is newer
             raise BadMessage("busy", f"{len(neighbour.updates)} updates of {peer} wait to be folded")
         neighbour.offered = max(neighbour.offered, round)
 
@@ -541,8 +541,9 @@ class Node:
                     return
             if update.round < self._needed and not self._folds_late:
                 return
-            if self._sums is not None:  # of a sum only the newest counts; but what it was before it began anew as well
-                neighbour.updates = {r: u for r, u in neighbour.updates.items() if u.reach != update.reach}
+            if self._sums is not None:  # of a sum only the newest counts; if it began anew, the end of the last as well
+                ended = [(r, u) for r, u in neighbour.updates.items() if u.reach != update.reach]
+                neighbour.updates = dict(ended[-1:])
             elif self.settings.staleness > 0 or self._lacks_state:
                 neighbour.updates.clear()  # rounds are not kept in step, so only its newest model counts
             for late in [r for r in neighbour.updates if r < self._needed]:
@@ -555,13 +556,15 @@ class Node:
 
     def _exchange(self, exchanges: Exchanges, peer: str, update: Update) -> None:
         """Take in an update in exchange for one of ours, if there is one that nobody has, and that is still folded."""
-        newest = self._own_updates[-1] if self._own_updates and self.round < self.settings.rounds else None
-        match exchanges.came(peer, update, None if newest is None else newest.update.round):
-            case Answer.NEWEST if newest is not None:
-                newest.told = (peer,)
-                self._send((peer,), newest.update)
+        newest = self._own_updates[-1].update.round if self._own_updates and self.round < self.settings.rounds else -1
+        match exchanges.came(peer, update, newest):
+            case Answer.NEWEST:
+                self._own_updates[-1].told = (peer,)
+                self._send((peer,), self._own_updates[-1].update)
             case Answer.DECLINED:
                 self._send((peer,), Receipt(update.round, self._view))
+                if self._told == (peer,):  # what is being made asks the same peer
+                    self._told = ()
 
     def _count_if_in_step(self, neighbour: Neighbour, round: int) -> None:
         """Count how often it is in time, and restore who was too slow to be waited for."""

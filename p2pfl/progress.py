@@ -48,6 +48,7 @@ class Progress:
         self._notes: dict[str, str] = dict.fromkeys(names, "starts")
         self._by_round: dict[int, list[Line]] = {}  # those of which not everybody's line has come
         self._said_round = -1  # the last that was said
+        self._slowest: tuple[str, int] | None = None  # who was behind when that was looked at, and in which round
         self._gone: dict[str, str] = {}  # who no longer takes part: died or left
         self._told: dict[str, set[str]] = {}  # of whom some node has told that it died or is lost
         self._graph: tuple[Json, Json] = (None, None)  # who went and who came at the last change of the graph
@@ -117,13 +118,24 @@ class Progress:
         """Without a table: one line a round, once every node that still takes part has ended it, or a later one."""
         if not self._by_round:
             return
-        behind = [self._newest.get(name) for name in self._notes if name not in self._gone]
-        ended_by_all = min((-1 if line is None else int(number(line, "round") or 0) for line in behind), default=-1)
+        # Of thousands of nodes, the last of those that were behind says whether there is anything new to say.
+        if self._slowest is not None:
+            name, round = self._slowest
+            if name not in self._gone and self._round_of(name) == round:
+                return
+        taking_part = [name for name in reversed(self._notes) if name not in self._gone]
+        slowest = min(taking_part, key=self._round_of, default=None)
+        ended_by_all = -1 if slowest is None else self._round_of(slowest)
+        self._slowest = None if slowest is None else (slowest, ended_by_all)
         for round in sorted(round for round in self._by_round if round <= ended_by_all):
             ended = self._by_round.pop(round)
             if round > self._said_round:  # else somebody who started again repeats it
                 self._said_round = round
                 self._round_line(round, ended)
+
+    def _round_of(self, name: str) -> int:
+        line = self._newest.get(name)
+        return -1 if line is None else int(number(line, "round") or 0)
 
     def _round_line(self, round: int, ended: list[Line]) -> None:
         merged, missing = _count(ended, "merged"), _count(ended, "missing")

@@ -85,7 +85,7 @@ def steer(recipe: Recipe, memory: Memory, grads: Tensor, values: Tensor, rate: f
         proximal(grads, values, memory["start"], recipe.proximal)
     match recipe.correction:
         case "led":
-            led_direction(grads, memory["dual"], rate, steps)
+            led_direction(grads, memory["dual"], steps)
         case "gradient-tracking":
             tracked_direction(grads, memory["tracker"], memory["gradient"])
         case "k-gt":
@@ -112,12 +112,13 @@ def quasi_global_direction(grads: Tensor, momentum: Tensor, beta: float) -> None
     grads.mul_(1 + beta).add_(momentum, alpha=beta * beta)
 
 
-def led_direction(grads: Tensor, dual: Tensor, rate: float, steps: Tensor | int) -> None:
-    """g ← g + y / (η H), so that each step is p ← p − η g − y / H.
+def led_direction(grads: Tensor, dual: Tensor, steps: Tensor | int) -> None:
+    """g ← g + z / H, so that each step is p ← p − η g − y / H with the dual y = η z.
 
-    Local exact diffusion: Alghunaim, Local Exact-Diffusion for Decentralized Optimization and Learning, 2023.
+    Local exact diffusion: Alghunaim, Local Exact-Diffusion for Decentralized Optimization and Learning, 2023. The dual
+    is kept in units of the gradient, and so shrinks with a learning rate that decays; at a constant one nothing differs.
     """
-    grads.add_(dual / (steps * rate))
+    grads.add_(dual / steps)
 
 
 def tracked_direction(grads: Tensor, tracker: Tensor, gradient: Tensor) -> None:
@@ -168,7 +169,7 @@ def absorb(
     """
     match recipe.correction:
         case "led":
-            led_dual(memory["dual"], values, mixed, recipe.leak)
+            led_dual(memory["dual"], values, mixed, recipe.leak, rate)
         case "gradient-tracking":
             assert mixed_extra is not None
             memory["tracker"].copy_(mixed_extra)
@@ -187,11 +188,14 @@ def absorb(
     values.copy_(mixed)
 
 
-def led_dual(dual: Tensor, sent: Tensor, mixed: Tensor, leak: float) -> None:
-    """y ← (1 − leak) y + p_H − W p_H. Where W keeps the sum, the y of all nodes sum to zero. H = 1: D², Tang 2018."""
+def led_dual(dual: Tensor, sent: Tensor, mixed: Tensor, leak: float, rate: float) -> None:
+    """z ← (1 − leak) z + (p_H − W p_H) / η. Where W keeps the sum, the z of all nodes sum to zero.
+
+    With H = 1 it is D²: Tang et al., 2018.
+    """
     if leak:
         dual.mul_(1 - leak)
-    dual.add_(sent).sub_(mixed)
+    dual.add_(sent - mixed, alpha=1 / rate)
 
 
 def k_gt_correction(correction: Tensor, sent: Tensor, mixed: Tensor, leak: float) -> None:

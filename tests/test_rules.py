@@ -199,6 +199,18 @@ def test_corrections_remove_the_bias_at_a_constant_rate(recipe: Recipe, graph: s
     assert distance(train(Recipe(), mixes[0], a, b, rate=0.05, steps=steps, rounds=2000), optimum(a, b)) > 1e-2
 
 
+def test_as_the_rate_decays_local_exact_diffusion_goes_to_the_optimum_and_not_away_from_it() -> None:
+    """The dual stands for gradients: if it did not shrink with the rate, it would push ever harder than they do."""
+    w, (a, b) = matrix("ring", 16, "lazy"), problem(16)
+    recipe = Recipe(correction="led")
+    memory = {name: torch.zeros_like(b) for name in rules.memory_names(recipe)}
+    x, errors = torch.zeros_like(b), []
+    for rate in (0.1, 0.05, 0.02, 0.01):
+        x = train(recipe, w, a, b, rate=rate, steps=3, rounds=400, start=x, memory=memory)
+        errors.append(distance(x, optimum(a, b)))
+        assert errors == sorted(errors, reverse=True) and abs(float(memory["dual"].sum())) < 1e-9
+
+
 def d_squared(w: Tensor, a: Tensor, b: Tensor, rate: float, rounds: int) -> list[Tensor]:
     """x_{t+1} = W (2 x_t - x_{t-1} - η (g_t - g_{t-1})), from x_1 = W (x_0 - η g_0). Tang et al. 2018."""
     before = torch.zeros_like(b)
@@ -262,7 +274,7 @@ def test_losses_that_both_ends_agree_on_are_harmless_one_sided_ones_add_up(
 @pytest.mark.parametrize(
     ("correction", "before", "after"),
     [
-        ("led", {"dual": 8.0}, 6.0 + 5.0 - 3.0),  # ¾ y + p - W p
+        ("led", {"dual": 8.0}, 6.0 + (5.0 - 3.0) / 0.5),  # ¾ z + (p - W p) / η
         ("k-gt", {"correction": 8.0}, 6.0 - 2.0 + 1.0),  # ¾ c - Δ + W Δ
         ("gradient-tracking", {"tracker": 0.0, "gradient": 5.0}, 0.75 * 1.0 + 0.25 * 5.0),  # ¾ W y + ¼ g
     ],
@@ -273,7 +285,7 @@ def test_a_leak_forgets_a_quarter_of_a_correction(
     memory = {name: torch.tensor([value]) for name, value in before.items()}
     sent, mixed, sent_second, mixed_second = (torch.tensor([value]) for value in (5.0, 3.0, 2.0, 1.0))
     recipe = Recipe(correction=correction, leak=0.25)
-    rules.absorb(recipe, memory, sent, mixed, sent_second, mixed_second, 0.1, 1)
+    rules.absorb(recipe, memory, sent, mixed, sent_second, mixed_second, 0.5, 1)
     assert next(iter(memory.values())).item() == after and sent.item() == 3.0
 
 

@@ -38,7 +38,7 @@ from p2pfl.learner import (
 from p2pfl.messages import Scores, TrainingFailed
 from p2pfl.rng import torch_seed
 
-TOGETHER = 2**20  # parameters that are trained together (4 MiB): measured fastest of 2^17 .. 2^22 on two cores
+TOGETHER = 2**20  # parameters that are trained together (4 MiB): measured fastest of 2^17 .. 2^21, with 2^21
 ROWS = 2**13  # of data that go through the module together where nothing is trained: bounds the memory
 TRIED = 3  # rows with which it is tried whether a module allows vmap
 ALIKE = 1e-4  # by which outputs may differ where sums are taken in another order, in parts of the largest

@@ -60,7 +60,8 @@ from p2pfl.trainer import (
 )
 from p2pfl.weights import Stake, mass_after, reach, weights_of
 
-BLOCK = 2**18  # elements (1 MiB) of all nodes' vectors that are mixed at once: measured fastest of 2^15 .. 2^20
+WIDTH = 512  # columns that are mixed at once: of 13 .. 1024 good for 1,000 nodes as well as for 10,000
+WORTH_THREADS = 2**20  # elements of all vectors; below, threads cost more than they save
 
 CORES = os.cpu_count() or 1
 
@@ -204,7 +205,7 @@ class Lockstep:
         self.values = self._learner.vector.repeat(n, 1)  # (n, P)
         # Blocks of rows, or of columns, are shared out to threads; no sum depends on how many there are. Threads inside
         # of torch would wait for each other after each operation, which on a busy machine takes longer than to do it.
-        self._threads = ThreadPoolExecutor(CORES) if self.values.numel() >= BLOCK and CORES > 1 else None
+        self._threads = ThreadPoolExecutor(CORES) if self.values.numel() >= WORTH_THREADS and CORES > 1 else None
         if not experiment.starts_alike:
             for name, row in self._row.items():
                 self.values[row] = make_learner(experiment, parts[name], name).vector
@@ -245,7 +246,7 @@ class Lockstep:
         self._shared = sum(end - start for start, end in self._runs)
         self.codec = codec_of(experiment, self._shared * rules.vectors_sent(self._recipe))
         self._gamma = gamma_of(experiment, varies)
-        self._columns = tuple(_columns(self.schema.size, self._runs, max(1, BLOCK // n)))
+        self._columns = tuple(_columns(self.schema.size, self._runs, WIDTH))
         self._public: Tensor | None = None  # (n, S): what the others make of what is sent, where it is compressed …
         self._replicas: Tensor | None = None  # … and what they have, if they get differences only
         if self.codec.name != "none":
