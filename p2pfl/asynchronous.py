@@ -95,6 +95,10 @@ class Exchanges:
         if self._partners.get(own_round) == peer:
             self._partners[own_round] = ""
 
+    def forget(self, peer: str) -> None:
+        """What it said no longer counts: it has started again, or is shut out."""
+        self._complete = [exchange for exchange in self._complete if exchange.peer != peer]
+
     def fold(self, round: int) -> tuple[Contribution, ...]:
         """What is to be folded at the end of this round: at most one of each peer, sorted; the rest when it is next.
 

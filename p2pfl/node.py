@@ -462,6 +462,8 @@ class Node:
             neighbour.updates.clear()
             if self._sums is not None:
                 self._sums.forget(event.peer)
+            if self._exchanges is not None:
+                self._exchanges.forget(event.peer)
         neighbour.linked, neighbour.alive, neighbour.sought_since = True, True, None
         neighbour.epoch, neighbour.mass, neighbour.last_sign = event.epoch, event.mass, self._now
         if neighbour.ahead_since is not None:  # it may have to send again what it had begun with
@@ -472,7 +474,7 @@ class Node:
             self._changed(self.membership.sign_of_life(event.peer))
             self._send((event.peer,), Heartbeat(self.round, self._view))
             self._tell_all((event.peer,))
-        if self._sums is None or same_process or not back:  # or else the process before it has taken some of the sum
+        if True:  # or else the process before it has taken some of the sum
             self._send_again(event, 2 if same_process else 1)
 
     def _send_again(self, event: LinkUp, newest: int) -> None:
@@ -608,7 +610,7 @@ class Node:
         neighbour = self.neighbours.get(peer)
         if self._exchanges is not None:
             self._exchanges.declined(peer, round)
-        elif neighbour is not None and neighbour.confirmed < round <= self.round:
+        elif neighbour is not None and neighbour.confirmed <= round <= self.round:
             neighbour.confirmed, neighbour.confirmed_view = round, view
 
     def _goodbye(self, peer: str, round: int, reason: str) -> None:
@@ -655,6 +657,8 @@ class Node:
             if neighbour is not None:
                 neighbour.linked = neighbour.alive = False
                 neighbour.updates.clear()
+            if self._exchanges is not None:
+                self._exchanges.forget(event.peer)
             self._effects.append(Disconnect(event.peer, verdict.quarantine))
             self._note("quarantined", peer=event.peer, code=event.code, seconds=verdict.quarantine, **evidence)
         return verdict.quarantine > 0

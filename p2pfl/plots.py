@@ -68,6 +68,7 @@ AGREED = 1e-6  # an error that counts as none
 VALUE_BYTES = 4  # of a float32
 HANG, SLANT = 22.0, math.sin(math.pi / 4)  # points from a panel down to the names that hang there; what slant leaves
 SMALL_MAP, LARGE_MAP = 4.2, 5.6  # inches, the height of a graph of few nodes and of many
+SCORE_ROW = 0.42  # inches, of a row with a point for each place
 KEY_WIDTH = 1.6  # inches at the right of a graph, for what its colours mean
 STUB = 0.42  # of the step between two nodes: what is seen of an edge that comes back at the other side
 LEAST_RADIUS = 0.8  # points, of a node
@@ -574,6 +575,44 @@ def bytes_figure(sent: Mapping[str, float], received: Mapping[str, float], round
     lift = 1 + 5 / _size(axes)[1]
     for x, side, text, colour in ((-0.02, "right", "← received", SERIES[1]), (0.02, "left", "sent →", SERIES[0])):
         axes.text(x * reach, lift, text, transform=above, ha=side, va="bottom", color=colour, fontsize=TEXT)
+    return figure
+
+
+def rows_of_scores(
+    panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]], score: str, title: str
+) -> Figure:
+    """A score of several methods in several places: panel → row → place → (mean, standard deviation).
+
+    One row a method, one coloured point a place, with a line as long as one standard deviation to either side.
+    """
+    rows = list(dict.fromkeys(row for panel in panels.values() for row in panel))
+    places = list(dict.fromkeys(place for panel in panels.values() for row in panel.values() for place in row))
+    names = max([_text_width(_plain(row)) for row in rows], default=0.0) / POINTS + 0.3
+    height = (len(rows) + 1) * SCORE_ROW
+    figure = _figure(TOP + 2 * ROW / POINTS + height + BOTTOM, title)
+    width = (WIDTH - names - RIGHT - GAP * (len(panels) - 1)) / len(panels)
+    scale = 100.0 if score == "accuracy" else 1.0
+    spots = [spot for panel in panels.values() for row in panel.values() for spot in row.values()]
+    values = [scale * (mean + side * deviation) for mean, deviation in spots for side in (-1, 1)]
+    for number, (name, panel) in enumerate(panels.items()):
+        axes = _panel(figure, names + number * (width + GAP), BOTTOM, width, height)
+        axes.set_yticks(range(len(rows)), [_plain(row) if number == 0 else "" for row in rows])
+        axes.set_ylim(len(rows) - 0.3, -0.7)
+        axes.set_xlim(*_limits(values, 0.05))
+        axes.set_xlabel(_score_axis(score))
+        for index, place in enumerate(places):
+            lift = 0.16 * (index - (len(places) - 1) / 2)
+            for y, row in enumerate(rows):
+                if place in panel.get(row, {}):
+                    mean, deviation = (scale * value for value in panel[row][place])
+                    axes.plot([mean - deviation, mean + deviation], [y + lift] * 2, color=SERIES[index], linewidth=1.2)
+                    axes.plot([mean], [y + lift], color=SERIES[index], marker="o", markersize=4.5)
+        lift = 1 + (ROW + 5) / _size(axes)[1]
+        axes.text(0, lift, _plain(name), transform=axes.transAxes, fontsize=TEXT, color=INK, fontweight="bold")
+        key = 0.0
+        for index, place in enumerate(places):
+            _key(axes, key, SERIES[index], _plain(place))
+            key += _text_width(_plain(place)) + 24
     return figure
 
 

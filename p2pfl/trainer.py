@@ -304,7 +304,8 @@ class Trainer:
             self.change = self.public
             self.public = self.codec.approximate(self.public, self.number(job.round))
         if self._experiment.mix.schedule == "pairwise":
-            self._sent.append((job.round, self.public.clone()))
+            sent = self._own if self._lies else self.public  # who lies to others does not lie to itself
+            self._sent.append((job.round, sent.clone()))
 
     def number(self, round: int) -> int:
         """The random number of this node's codec in this round, which its neighbours know as well."""
@@ -316,8 +317,8 @@ class Trainer:
         What float32 does not hold of such a portion stays here, so that nothing is lost however long the sums grow.
         """
         before = running.clone()
-        running.add_(self._own, alpha=job.portion)
-        left = self._own.mul(job.portion).sub_(running - before)  # of each portion
+        running.add_(self.public, alpha=job.portion)
+        left = self.public.mul(job.portion).sub_(running - before)  # of each portion
         if job.told:
             self._own.add_(left, alpha=job.told / job.portion)
         self._scatter(self._own, self.learner.vector)

@@ -88,7 +88,9 @@ def replayed(seed: int, minutes: float, trace: str | None) -> int:
     scenario = random_scenario(seed, minutes)
     engine = Engine(scenario, keep=True)
     topology, settings = scenario.topology, scenario.settings
-    print(f"{topology.name} of {len(topology.names)}, {settings.schedule}, {settings.weights}, {settings.rounds} rounds")
+    print(
+        f"{topology.name} of {len(topology.names)}, {settings.schedule}, {settings.weights}, {settings.rounds} rounds"
+    )
     for fault in scenario.faults:
         print(f"{fault.at:10.3f} {describe(fault)}")
     broken = ""

@@ -116,7 +116,7 @@ def test_of_one_peer_two_exchanges_are_folded_one_after_the_other() -> None:
     alice = Exchanges()
     assert alice.came("bob", update(3, "b3", reach=ASKS), newest=4) is Answer.NEWEST
     alice.ask(5, "bob", heard=3)
-    alice.came("bob", update(4, "b4"), newest=4)
+    alice.came("bob", update(4, "b4"), newest=5)
     assert exchanged(alice, 5) == [("bob", "b3", 4)]
     assert exchanged(alice, 6) == [("bob", "b4", 5)]
 
@@ -135,6 +135,15 @@ def test_what_is_declined_or_too_old_is_no_longer_asked() -> None:
     assert not alice.awaits("bob")
     assert alice.came("bob", update(9, "late"), newest=20) is Answer.NONE  # the answer, for which the vector is gone
     assert exchanged(alice, 20) == []
+
+
+def test_an_exchange_with_a_process_that_is_no_more_does_not_count() -> None:
+    alice = Exchanges()
+    alice.came("bob", update(3, "b3", reach=ASKS), newest=4)
+    alice.came("carol", update(3, "c3", reach=ASKS), newest=5)
+    alice.forget("bob")
+    assert exchanged(alice, 5) == [("carol", "c3", 5)]
+    assert alice.came("dave", update(3, "d3", reach=ASKS), newest=4) is Answer.DECLINED  # bob may have folded it
 
 
 def operator(graph: nx.Graph) -> np.ndarray:
@@ -416,21 +425,35 @@ def test_pairwise_nobody_is_waited_for_and_an_exchange_is_folded_at_the_end_of_a
     node.handle(link_up("a"), 0.0)
     assert node.handle(link_up("b"), 0.0)[-1] == job(0)
     assert node.handle(computed(0), 1.0) == [job(1, reach=ASKS - 1)]  # it asks a, of which it never heard
-    assert words(node.handle(got("a", 0, reach=ASKS - 1), 1.5)) == []  # a asks at the same time: that is one exchange
+    answer = Send(("a",), Update(0, 1.0, ASKS_NOBODY, "mine0"))
+    assert node.handle(got("a", 0, reach=ASKS - 1), 1.5) == [answer]  # a asks as well, and is answered first
     sent, going_on = decided(node.handle(computed(1), 2.0))
     assert sent == Send(("a",), Update(1, 1.0, ASKS - 1, "mine1"))
-    assert going_on == job(2, Contribution("a", 0, 1 / 2, "a0", 1), reach=ASKS + 0)  # it asks once more
-    # b asks, when the newest update went to a.
-    assert node.handle(got("b", 5, reach=ASKS - 1), 2.1) == [Send(("b",), Receipt(5, 0))]
-    assert decided(node.handle(computed(2), 3.0))[0] == Send(("a",), Update(2, 1.0, ASKS + 0, "mine2"))
-    assert node.handle(Received("a", Receipt(2)), 3.1) == []  # declined: a may be asked again
-    node.handle(computed(3), 4.0)  # b is asked
-    (going_on,) = jobs(node.handle(computed(4), 5.0))
-    assert going_on == job(5)
-    assert node.handle(got("a", 3, reach=ASKS - 1), 5.1) == [Send(("a",), Update(4, 1.0, ASKS_NOBODY, "mine4"))]
-    assert words(node.handle(got("b", 6), 5.2)) == []  # the answer to round 3
-    expected = Contribution("a", 3, 1 / 2, "a3", 4), Contribution("b", 6, 1 / 2, "b6", 3)
-    assert jobs(node.handle(computed(5), 6.0)) == [job(6, *expected)]
+    assert going_on == job(2, Contribution("a", 0, 1 / 2, "a0", 0))
+    assert words(node.handle(got("a", 1, reach=ASKS + 0), 2.1)) == []  # another question of a, which crosses ours
+    assert node.handle(got("b", 5, reach=ASKS - 1), 2.2) == [Send(("b",), Receipt(5, 0))]  # declined
+    assert decided(node.handle(computed(2), 3.0)) == [
+        job(3, Contribution("a", 1, 1 / 2, "a1", 1), reach=ASKS + 5)  # now it asks b
+    ]
+    (sent, _) = decided(node.handle(computed(3), 4.0))
+    assert sent == Send(("b",), Update(3, 1.0, ASKS + 5, "mine3"))
+    node.handle(got("b", 6), 4.5)  # the answer
+    assert jobs(node.handle(computed(4), 5.0)) == [job(5, Contribution("b", 6, 1 / 2, "b6", 3))]
+
+
+def test_pairwise_who_declines_does_not_ask_the_same_peer_with_what_it_is_making() -> None:
+    """It would look as if the two questions crossed; and the word that one is declined may come after the other."""
+    node = without_rounds("pairwise", {1: "b", 2: "a", 3: "a"})
+    for name in ("a", "b"):
+        node.handle(link_up(name), 0.0)
+    node.handle(computed(0), 1.0)
+    assert jobs(node.handle(computed(1), 2.0)) == [job(2, reach=ASKS - 1)]  # it will ask a; the one before went to b
+    assert node.handle(got("a", 4, reach=ASKS - 1), 2.5) == [Send(("a",), Receipt(4, 0))]
+    assert decided(node.handle(computed(2), 3.0)) == [job(3, reach=ASKS + 4)]  # sent to nobody; but the next one is
+    sent, _ = decided(node.handle(computed(3), 4.0))
+    assert sent == Send(("a",), Update(3, 1.0, ASKS + 4, "mine3"))
+    node.handle(Received("a", Receipt(3)), 4.5)
+    assert node.handle(got("a", 5, reach=ASKS + 3), 5.0) == [Send(("a",), Receipt(5, 0))]
 
 
 def test_pairwise_who_has_still_to_answer_is_not_asked_again_for_a_while() -> None:

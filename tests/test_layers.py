@@ -54,7 +54,10 @@ LIBRARIES = {
 }
 FOLDERS = {
     "topology": ("graphs", "schedules", "files", "fastest", "matrix", "__init__", "implied", "fit", "plan"),
-    "sim": ("__init__", "faults", "world", "scenario", "links", "invariants", "engine", "experiment", "masks", "cohort", "lockstep", "bench"),
+    "sim": (
+        *("__init__", "faults", "world", "scenario", "links", "invariants", "engine"),
+        *("experiment", "masks", "cohort", "lockstep", "bench"),
+    ),
 }
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 

@@ -1703,6 +1703,16 @@ def test_an_edge_counts_only_where_both_ends_fold_on_one_graph_and_nobody_waits_
     assert node.handle(Received("b", Receipt(1)), 2.0) == [compute(2, folded("b", round=1))]
 
 
+def test_who_sees_a_new_graph_when_its_round_begins_says_so_and_that_counts() -> None:
+    """It had confirmed the same round before it began, on the graph that it saw then."""
+    node = collecting(two_way=True)
+    for peer in "ab":
+        node.handle(got(peer, 1), 1.0)
+        node.handle(Received(peer, Receipt(1, 7)), 1.0) if peer == "a" else None
+    node.handle(Received("a", Receipt(1, 0)), 1.5)
+    assert node.handle(Received("b", Receipt(1, 0)), 2.0)[-1] == compute(2, folded("a", "b", round=1))
+
+
 def test_when_members_come_or_go_corrections_begin_anew_and_receipts_tell_of_the_new_graph() -> None:
     def ring_of(living: tuple[str, ...]) -> Wiring:
         others = tuple(name for name in living if name != "me")

@@ -56,6 +56,8 @@ def learnt(run_dir: Path, node: str) -> list[dict]:
             "hospitals",
             ["train.rounds=4", "topology.weights=samples", "train.momentum=0", "train.optimizer=adam", "train.lr=0.01"],
         ),
+        ("ring-8", ["topology.nodes=4", "train.rounds=4", "mix.compress=int8"]),
+        ("ring-8", ["topology.nodes=4", "train.rounds=4", "mix.compress=top-k", "train.momentum=0"]),
     ],
 )
 def test_without_faults_the_models_are_those_of_the_real_network_bit_for_bit(
@@ -229,9 +231,10 @@ def test_what_cannot_be_done_to_processes_is_refused_by_up_in_one_line(tmp_path:
 # -- What goes wrong -------------------------------------------------------------------------------------------------
 
 
-def test_there_is_one_engine(tmp_path: Path) -> None:
-    refused = run("simulate", "ring-8", "--engine", "lockstep", "--run-dir", tmp_path / "run", expect=2)
-    assert refused.stderr.count("\n") == 1 and "lockstep" in refused.stderr and not (tmp_path / "run").exists()
+def test_another_engine_is_refused_in_one_line(tmp_path: Path) -> None:
+    refused = run("simulate", "ring-8", "--engine", "lock-step", "--run-dir", tmp_path / "run", expect=2)
+    assert refused.stderr.count("\n") == 1 and "did you mean 'lockstep'?" in refused.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_that_comes_to_nothing_ends_as_it_does_in_real_time(tmp_path: Path) -> None:

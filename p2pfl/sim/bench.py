@@ -1,8 +1,8 @@
 """How fast the two simulators are on this machine, each beside something that is measured in the same breath.
 
-The limit of the event engine is what its queue and its trace cost alone: the same number of events, each taken from the heap, written down
-as a line of usual length, hashed, and put back. No engine with such a trace is faster; the rest is what nodes and
-invariants cost.
+The limit of the event engine is what its queue and its trace cost alone: the same number of events, each taken from
+the heap, written down as a line of usual length, hashed, and put back. No engine with such a trace is faster; the rest
+is what nodes and invariants cost.
 
 Lockstep is measured beside a plain loop over the nodes' learners, that mixes and goes by the same rule.
 """

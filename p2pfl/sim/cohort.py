@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from queue import SimpleQueue
 from typing import TypeAlias
 
@@ -38,7 +38,7 @@ from p2pfl.learner import (
 from p2pfl.messages import Scores, TrainingFailed
 from p2pfl.rng import torch_seed
 
-TOGETHER = 2**20  # parameters that are trained together (4 MiB): measured fastest of 2^17 .. 2^21, with 2^21
+TOGETHER = 2**21  # parameters that are trained together (8 MiB): measured fastest of 2^17 .. 2^22
 ROWS = 2**13  # of data that go through the module together where nothing is trained: bounds the memory
 TRIED = 3  # rows with which it is tried whether a module allows vmap
 ALIKE = 1e-4  # by which outputs may differ where sums are taken in another order, in parts of the largest
@@ -170,6 +170,11 @@ class AtOnce:
             stretches.append(Stretch(self._values[part, start:end], grads[:, start:end], memory))
         return stretches
 
+    def learner(self, row: int) -> TorchLearner:
+        """A learner with the parameters of this row, until the next is asked for."""
+        self._learner.vector.copy_(self._values[row])
+        return self._learner
+
     # -- Looking -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -282,15 +287,23 @@ class OneByOne:
         except TrainingFailed:
             return [math.nan]
 
+    def learner(self, row: int) -> TorchLearner:
+        """See `AtOnce.learner`."""
+        return self._learners[row]
+
     def evaluate(self, part: Rows) -> list[Scores]:
         """See `AtOnce.evaluate`."""
         return [learner.evaluate() for learner in self._learners[part]]
 
 
-def split(part: Rows, count: int) -> list[Rows]:
-    """Slices of at most so many rows, and at least one."""
-    step = max(1, count)
-    return [slice(start, min(start + step, part.stop)) for start in range(part.start, part.stop, step)]
+def split(part: Rows, most: int, threads: int = 1) -> list[Rows]:
+    """Slices of nearly one length: of at most so many rows, but one at least, and for each thread equally many."""
+    rows = part.stop - part.start
+    pieces = -(-rows // max(1, most))
+    if pieces > 1:
+        pieces = min(rows, -(-pieces // threads) * threads)
+    bounds = [part.start + rows * piece // pieces for piece in range(pieces + 1)]
+    return [slice(start, end) for start, end in pairwise(bounds)]
 
 
 Cohort = AtOnce | OneByOne

@@ -38,7 +38,7 @@ from p2pfl.mixing import MAX_VALUE, Probe, check_vector
 from p2pfl.node import MAX_STEP
 from p2pfl.records import Line, Run, event_line, round_line
 from p2pfl.rng import stream
-from p2pfl.runtime import unusable, write_model
+from p2pfl.runtime import Norms, unusable, write_model
 from p2pfl.sim import masks
 from p2pfl.sim.cohort import AtOnce, Cohort, OneByOne, Rows, split
 from p2pfl.sim.masks import ROUND_SECONDS, Masks
@@ -60,7 +60,8 @@ from p2pfl.trainer import (
 )
 from p2pfl.weights import Stake, mass_after, reach, weights_of
 
-WIDTH = 512  # columns that are mixed at once: of 13 .. 1024 good for 1,000 nodes as well as for 10,000
+WIDTH = 1024  # columns that are mixed at once: of 13 .. 2048 good for 1,000 nodes as well as for 10,000
+ABSORBED = 512  # rows of these that a rule works on at once (2 MiB): several such blocks stay in the cache
 WORTH_THREADS = 2**20  # elements of all vectors; below, threads cost more than they save
 
 CORES = os.cpu_count() or 1
@@ -222,10 +223,9 @@ class Lockstep:
         self._failed_in: dict[str, int] = {}
         self._rounds_trained = [0] * n
         self._groups = self._grouped(self._here)
-        steps = [max(1, steps) for steps in self._cohort.steps]
-        self._divisor = (
-            steps[0] if len(set(steps)) == 1 else torch.tensor(steps, device=self.values.device).unsqueeze(1)
-        )
+        # H of each row for the rule: one number where all take equally many steps, or else (n, 1).
+        steps = torch.tensor(self._cohort.steps, device=self.values.device).clamp(min=1).unsqueeze(1)
+        self._steps = steps if len(set(self._cohort.steps)) > 1 else int(steps[0])
         self._known: dict[int, Mixing] = {}  # of the rounds of a period in which nothing went wrong
         self.epochs = dict.fromkeys(self.names, 1)
         self.conduct = {name: Conduct() for name in self.names}
@@ -235,11 +235,8 @@ class Lockstep:
 
         mix = experiment.mix
         varies = ground.graph.varies
-        self._recipe, self._rule, self._least = (
-            recipe_of(experiment),
-            aggregator_of(experiment),
-            least_vectors(experiment),
-        )
+        self._recipe, self._rule = recipe_of(experiment), aggregator_of(experiment)
+        self._least = least_vectors(experiment)
         self._memory = {name: torch.zeros_like(self.values) for name in rules.memory_names(self._recipe)}
         kept = self._learner.norms if mix.norms == "own" else frozenset[str]()
         self._runs = shared_runs(self.schema, mix.shared, kept)
@@ -258,6 +255,8 @@ class Lockstep:
                     self._replicas[row] = self._outgoing(row, 0)
         self._liars = {experiment.name_of(f.node) for f in experiment.faults if f.about in VECTOR_LIES}
         self._said: dict[int, Tensor] = {}  # row → (S,): what a liar sends in place of its vector, uncompressed
+        norms = self.values.norm(dim=1).tolist() if self._liars else []
+        self._norms = {name: Norms(norm) for name, norm in zip(self.names, norms, strict=False)}  # where some lie
         self._heard_by: dict[str, Tensor] = {}  # liar → (k, S): what it heard last
         self._linear = self._rule is None and self._replicas is None
         self._probe = Probe(self._shared, stream(0, "probe"))
@@ -296,36 +295,21 @@ class Lockstep:
         evaluated = look and is_evaluated(self._experiment.train, round)
         local = self._evaluate() if evaluated else {}
         probed = look and self._linear
-        before = self._probed() if probed else None
+        before = self._probed() if probed else []
         mixing, happened = self._mixing(round)
         gaps = self._fold(mixing, round, look)
-        after = self._probed() if probed else None
+        after = self._probed() if probed else []
         mixed = self._evaluate() if evaluated else {}
         entries += happened
         self._count(mixing)
-        if look:
-            for name in sorted(self._here):
-                row = self._row[name]
-                entries.append(
-                    (
-                        name,
-                        RoundEnded(
-                            round,
-                            Trained(losses[row], local.get(row, NO_SCORES), ROUND_SECONDS, 0.0),
-                            Folded(
-                                mixed.get(row, NO_SCORES),
-                                gaps[row],
-                                0.0,
-                                0.0,
-                                tuple(before[row]) if before is not None else (),
-                                tuple(after[row]) if after is not None else (),
-                            ),
-                            tuple(mixing.heard[row]),
-                            mixing.missing[row],
-                            0.0,
-                        ),
-                    )
-                )
+        for name in sorted(self._here) if look else ():
+            row = self._row[name]
+            trained = Trained(losses[row], local.get(row, NO_SCORES), ROUND_SECONDS, 0.0)
+            probes = (tuple(before[row]), tuple(after[row])) if probed else ((), ())
+            folded = Folded(mixed.get(row, NO_SCORES), gaps[row], 0.0, 0.0, *probes)
+            entries.append(
+                (name, RoundEnded(round, trained, folded, tuple(mixing.heard[row]), mixing.missing[row], 0.0))
+            )
         return entries
 
     def _probed(self) -> list[list[float]]:
@@ -343,8 +327,7 @@ class Lockstep:
 
     def write_model(self, name: str, run: Run) -> None:
         """Write down this node's model."""
-        self._learner.vector.copy_(self.values[self._row[name]])
-        write_model(self._learner, run.node(name).model)
+        write_model(self._cohort.learner(self._row[name]), run.node(name).model)
 
     def _count(self, mixing: Mixing) -> None:
         for name, heard, copies in zip(self.names, mixing.heard, mixing.copies, strict=True):
@@ -444,7 +427,7 @@ class Lockstep:
             low, high = torch.aminmax(values)  # NaN if there is any
             return math.isfinite(sum(losses[part])) and max(-low.item(), high.item()) <= MAX_VALUE
 
-        parts = [part for rows, _ in self._groups for part in split(rows, self._cohort.together)]
+        parts = [part for rows, _ in self._groups for part in split(rows, self._cohort.together, CORES)]
         usable = self._each(train, parts, self._cohort.threads)
         for rows, _ in self._groups:
             for row in range(rows.start, rows.stop):
@@ -480,7 +463,7 @@ class Lockstep:
 
     def _evaluate(self) -> dict[int, Scores]:
         """What each row reaches whose node takes part."""
-        parts = [part for rows, _ in self._groups for part in split(rows, self._cohort.together)]
+        parts = [part for rows, _ in self._groups for part in split(rows, self._cohort.together, CORES)]
         found = self._each(self._cohort.evaluate, parts, self._cohort.threads)
         return {
             row: scores
@@ -541,15 +524,15 @@ class Lockstep:
     def _mixing(self, round: int) -> tuple[Mixing, list[Entry]]:
         """The weights of this round, and what nodes say of what they did not take."""
         period = self._graph.period
-        lies = self._said and self._public is None
-        calm = self._masks.calm(round) and not (self.failed or lies or self._shut_out or self._push_sum)
+        calm = self._masks.calm(round) and not (self.failed or self._liars or self._push_sum)
         if calm and period is not None and round % period in self._known:
             return self._known[round % period], []
         graph = self._graph.at(round)
         told = {name: self._told(graph, name, round) for name in graph}
         stakes = {name: self._stake(graph, name, told[name]) for name in graph}
         fixed = self._graph.fixed_weights(round, self._weights)
-        refused, entries = self._refused(round), list[Entry]()
+        entries: list[Entry] = []
+        accusations: list[tuple[str, str, str]] = []  # by whom, of whom, of what
         heard: list[dict[str, float]] = []
         missing: list[tuple[str, ...]] = []
         for name in self.names:
@@ -557,11 +540,13 @@ class Lockstep:
             came = []
             for other in expected:
                 if self._comes(other, name, round, told):
-                    why = refused.get(other) or self._masks.spoilt(other, name, round)
-                    if why is None:
+                    refused = self._why_refused(name, other, round)
+                    if refused is None:
                         came.append(other)
-                    else:
-                        entries += self._reject(name, other, *why, round)
+                        continue
+                    said, shut_out = self._reject(name, other, *refused, round)
+                    entries += said
+                    accusations += [(name, other, refused[0])] if shut_out else []
             if expected and len(came) + 1 < self._least:
                 few: dict[str, Value] = {"round": round, "came": len(came), "needed": self._least - 1}
                 entries.append((name, Happened("too_few", few)))
@@ -574,6 +559,8 @@ class Lockstep:
                     self._mass[name] = mass_after(own, others)
             heard.append(weights)
             missing.append(tuple(other for other in expected if other not in weights))
+        for by, peer, code in accusations:  # of which others hear when this round is over
+            entries += self._accuse(by, peer, code, told[by])
         mixing = self._as_terms(heard, missing, [len(told.get(name, ())) for name in self.names])
         if calm and period is not None:
             self._known[round % period] = mixing
@@ -603,17 +590,17 @@ class Lockstep:
             return Stake(mass, 1.0 + len(told))
         return Stake(mass, reach([mass, *(self._mass[other] for other in hears(graph, name))]))
 
-    def _refused(self, round: int) -> dict[str, tuple[str, str]]:
-        """Whose lie nobody takes, since one sees it: code and reason."""
-        refused: dict[str, tuple[str, str]] = {}
-        for row, said in self._said.items() if self._public is None else ():
+    def _why_refused(self, name: str, other: str, round: int) -> tuple[str, str] | None:
+        """Why this node does not take what the other has sent, as code and words; None if it does."""
+        if self._liars:
             try:
-                check_vector(said, float(self._outgoing(row, round).norm()))  # an honest one is as long as others are
+                self._norms[name].check(self._row_sent(self._row[other], round))
             except BadMessage as error:
-                refused[self.names[row]] = error.code, error.why
-        return refused
+                return error.code, error.why
+        return self._masks.spoilt(other, name, round)
 
-    def _reject(self, name: str, other: str, code: str, why: str, round: int) -> list[Entry]:
+    def _reject(self, name: str, other: str, code: str, why: str, round: int) -> tuple[list[Entry], bool]:
+        """What a node says of what it refused, and whether it listens to its maker no longer."""
         now = round * ROUND_SECONDS
         verdict, entries = self.conduct[name].rejected(other, code, now), list[Entry]()
         if verdict.log:
@@ -622,7 +609,15 @@ class Lockstep:
             self._shut_out[name, other] = now + verdict.quarantine
             fields: dict[str, Value] = {"peer": other, "code": code, "seconds": verdict.quarantine}
             entries.append((name, Happened("quarantined", fields)))
-        return entries
+        return entries, verdict.quarantine > 0
+
+    def _accuse(self, by: str, peer: str, code: str, neighbours: Iterable[str]) -> list[Entry]:
+        """Tell the neighbours; the next mistake of the accused is one too many for them."""
+        return [
+            (other, Happened("accused", {"peer": peer, "by": by, "code": code}))
+            for other in sorted(neighbours)
+            if other != peer and self.conduct[other].accused(by, peer, code)
+        ]
 
     def _as_terms(
         self, heard: Sequence[dict[str, float]], missing: Sequence[tuple[str, ...]], copies: Sequence[int]
@@ -651,12 +646,14 @@ class Lockstep:
         self._listen(mixing, round)
         chosen = None if self._rule is None else self._choose(mixing, round)
 
+        pieces = [(piece, steps) for rows, steps in self._groups for piece in split(rows, ABSORBED)]
+
         def fold(columns: Columns) -> Tensor:
             """Returns the squared distances (n,), as far as these columns go."""
             start, end, at = columns
             values = self.values[:, start:end]
             memory = {name: tensor[:, start:end] for name, tensor in self._memory.items()}
-            extra = rules.extra(recipe, memory, values, rate, self._divisor)
+            extra = rules.extra(recipe, memory, values, rate, self._steps)
             squares = torch.zeros(len(self.names), dtype=torch.float64)
             if at is None:
                 mixed, mixed_extra = values.clone(), None if extra is None else extra.clone()
@@ -669,7 +666,7 @@ class Lockstep:
                 if extra is not None:
                     sent = self._sent(extra, at + self._shared)
                     mixed_extra = self._mixed(extra, sent, mixing.terms(sent))
-            for rows, steps in self._groups:
+            for rows, steps in pieces:
                 if steps:
                     of_rows = {name: tensor[rows] for name, tensor in memory.items()}
                     gave, got = (None if vectors is None else vectors[rows] for vectors in (extra, mixed_extra))
