@@ -181,7 +181,10 @@ class Goodbye:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """Your update of this round is here, verified, and in time; this is the graph that I mix it on."""
+    """Your update of this round is here, verified, and in time; this is the graph that I mix it on.
+
+    Where updates are exchanged in pairs: it is here, and none of mine is free for it.
+    """
 
     round: int
     view: int = 0  # as in a heartbeat

@@ -474,7 +474,7 @@ class Node:
             self._changed(self.membership.sign_of_life(event.peer))
             self._send((event.peer,), Heartbeat(self.round, self._view))
             self._tell_all((event.peer,))
-        if True:  # or else the process before it has taken some of the sum
+        if self._sums is None or same_process or not back:  # or else the process before it has taken some of the sum
             self._send_again(event, 2 if same_process else 1)
 
     def _send_again(self, event: LinkUp, newest: int) -> None:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from p2pfl.config import Toml, validate
 from p2pfl.plots import png, rows_of_scores
-from p2pfl.records import create_run, write_text
+from p2pfl.records import create_run, open_run, write_text
 from p2pfl.sim.lockstep import simulate
 
 NODES, BATCH, RATE, BETA = 32, 32, 0.6, 0.9
@@ -44,6 +44,20 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
+BAD = (3, 13, 23)  # of the 32 nodes, in the comparison of rules that bear bad members
+BEARING: dict[str, tuple[str, ...]] = {
+    "mean": (),
+    "median": ("mix.rule=median",),
+    "trimmed mean": ("mix.rule=trimmed-mean",),
+    "geometric median": ("mix.rule=geometric-median",),
+    "multi-Krum": ("mix.rule=multi-krum",),
+    "clipping": ("mix.rule=clip",),
+    "NNM, trimmed mean": ("mix.rule=trimmed-mean", "mix.nnm=true"),
+    "NNM, geometric median": ("mix.rule=geometric-median", "mix.nnm=true"),
+}
+ATTACKED = ("nobody lies", "negate", "noise", "alie", "ipm", "label-flip")
+
+
 def rules_for(steps: int) -> dict[str, tuple[str, ...]]:
     """Those that make a difference: with one step a round K-GT is gradient tracking, and FedProx is averaging."""
     left_out = ("gradient tracking",) if steps > 1 else ("K-GT", "FedProx, µ = 0.1")
@@ -51,9 +65,16 @@ def rules_for(steps: int) -> dict[str, tuple[str, ...]]:
 
 
 def trained(
-    folder: Path, settings: tuple[str, ...], graph: dict[str, Toml], alpha: float, seed: int, rounds: int, steps: int
+    folder: Path,
+    settings: tuple[str, ...],
+    graph: dict[str, Toml],
+    alpha: float,
+    seed: int,
+    rounds: int,
+    steps: int,
+    lie: str = "",
 ) -> dict:
-    """One run, in a folder of its own; its summary."""
+    """One run, in a folder of its own; its summary. With a lie, that of those in BAD, from the first round on."""
     tree: dict[str, Toml] = {
         "seed": seed,
         "topology": {**graph, "nodes": NODES},
@@ -61,12 +82,14 @@ def trained(
         "model": {"name": "mlp", "hidden": [128]},
         "train": {"rounds": rounds, "local_steps": steps, "batch_size": BATCH, "lr": RATE, "evaluate_every": 20},
     }
+    if lie:
+        tree["faults"] = [{"kind": "lie", "node": node, "about": lie, "round": 0} for node in BAD]
     for setting in settings:
         key, _, value = setting.partition("=")
         section, _, name = key.partition(".")
         table = tree.setdefault(section, {})
         assert isinstance(table, dict)
-        table[name] = float(value) if value.replace(".", "").isdigit() else value
+        table[name] = {"true": True}.get(value, float(value) if value.replace(".", "").isdigit() else value)
     outcome = simulate(validate(tree, "the comparison"), create_run(folder), lambda line: None)
     return dict(outcome.summary)
 
@@ -76,16 +99,56 @@ def spread(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def honest_accuracy(folder: Path) -> float:
+    """The mean over those who are not in BAD, after the last round."""
+    run = open_run(folder)
+    names = [name for index, name in enumerate(run.nodes()) if index not in BAD]
+    return statistics.fmean(run.node(name).read_metrics()[-1]["mixed"]["accuracy"] for name in names)
+
+
+def bear(folder: Path, rounds: int, seeds: int) -> None:
+    """Which rule bears which lie: three of 32 on an 8-regular graph, Dirichlet 0.1, quasi-global momentum, lr 0.2."""
+    graph: dict[str, Toml] = {"graph": "random-regular", "degree": 8}
+    table = Table(box=None, pad_edge=False)
+    table.add_column("honest nodes, %", no_wrap=True)
+    for lie in ATTACKED:
+        table.add_column(lie, justify="right", no_wrap=True)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("training", total=len(BEARING) * len(ATTACKED) * seeds)
+        for rule, settings in BEARING.items():
+            cells = []
+            for lie in ATTACKED:
+                found = []
+                for seed in range(seeds):
+                    run = folder / f"{rule}-{lie}-{seed}".replace(" ", "_").replace(",", "")
+                    more = () if rule == "mean" else (f"mix.tolerate={len(BAD)}",)
+                    about = (*settings, *more, "train.lr=0.2")
+                    trained(run, about, graph, SKEWS[0], seed, rounds, 1, "" if lie == ATTACKED[0] else lie)
+                    found.append(honest_accuracy(run))
+                    progress.advance(task)
+                mean, deviation = spread(found)
+                cells.append(f"{100 * mean:.1f} ± {100 * deviation:.1f}")
+            table.add_row(rule, *cells)
+    Console(width=140).print(table)
+    with (folder / "liars.txt").open("w", encoding="utf-8") as file:
+        Console(file=file, width=140).print(table)
+    print(f"\ntable    {folder / 'liars.txt'}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="algorithms")
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--graphs", nargs="+", choices=list(GRAPHS), default=list(GRAPHS))
     parser.add_argument("--steps", type=int, default=1, help="local steps a round")
+    parser.add_argument("--liars", action="store_true", help="instead: three bad members, and the rules that bear them")
     parser.add_argument("--out", type=Path, help="folder of the runs; a new one in runs/ if not given")
     chosen = parser.parse_args()
     folder: Path = chosen.out or Path("runs") / f"algorithms-{datetime.now():%Y%m%d-%H%M%S}"
 
+    if chosen.liars:
+        bear(folder, chosen.rounds, chosen.seeds)
+        return
     chosen_rules = rules_for(chosen.steps)
     table = Table(box=None, pad_edge=False)
     for head in ("skew", "graph", "rule", "accuracy, %", "of the mean model, %", "apart", "kB a round"):

@@ -99,7 +99,6 @@ def random_scenario(seed: int, minutes: float = SOAK_MINUTES) -> Scenario:
     low, high = SIZES.get(family, (5, 16))
     nodes = int(random.integers(low, high + 1))
     weights, heal = _weights(random, family), bool(random.random() < 0.8)
-    schedule, weights = _schedule(seed, family, weights)
     section = TopologySection.model_validate({"graph": family, "nodes": nodes, "weights": weights, "heal": heal})
     topology = build(section, seed)
     names = topology.names
@@ -115,11 +114,16 @@ def random_scenario(seed: int, minutes: float = SOAK_MINUTES) -> Scenario:
         checkpoint_every=int(random.integers(2, 9)),
     )
     plain = not topology.varies and weights not in PUSH_SUM and not settings.two_way
-    if schedule != "sync":
-        settings = replace(settings, schedule=schedule, staleness=math.inf, two_way=False)
-    elif plain and random.random() < 0.3:
+    if plain and random.random() < 0.3:
         settings = replace(settings, staleness=float(random.choice([1.0, 2.0, np.inf])))
     masses = {name: float(random.integers(10, 500)) if weights in BY_ROWS else 1.0 for name in names}
+    schedule = _schedule(seed, family)
+    if schedule != "sync":
+        weights = "push-sum" if schedule == "push-sum" else "metropolis"
+        section, masses = section.model_copy(update={"weights": weights}), dict.fromkeys(names, 1.0)
+        settings = replace(
+            settings, schedule=schedule, weights=weights, staleness=math.inf, two_way=False, equal_masses=True
+        )
     late = {name for name in names if random.random() < 0.1}
     starts = {name: float(random.uniform(0, 0.5 * horizon if name in late else 5.0)) for name in names}
     links = [(a, b) for a, b in topology.union().edges]
@@ -145,12 +149,10 @@ def random_scenario(seed: int, minutes: float = SOAK_MINUTES) -> Scenario:
     )
 
 
-def _schedule(seed: int, family: str, weights: str) -> tuple[str, str]:
-    """One in three of the graphs that stay as they are has no common rounds; and the weights that go with that."""
+def _schedule(seed: int, family: str) -> str:
+    """One in three of the graphs that stay as they are has no common rounds. A stream of its own: no other changes."""
     schedule = str(stream(seed, "schedule").choice(["pairwise", "gossip", "push-sum", *["sync"] * 6]))
-    if schedule == "sync" or family in SCHEDULES:
-        return "sync", weights
-    return schedule, "push-sum" if schedule == "push-sum" else "metropolis"
+    return "sync" if family in SCHEDULES else schedule
 
 
 def _weights(random: np.random.Generator, family: str) -> str:
