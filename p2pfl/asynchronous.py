@@ -200,7 +200,7 @@ class RunningSums:
             self._taken[peer] = (update.reach, update.mass)
         self.mass = math.fsum([before, *gains])
         contributions = tuple(
-            Contribution(peer, u.round, 1 / self.mass if gain else 0.0, u.vector, reference)
+            Contribution(peer, u.round, 1 / self.mass if gain else 0.0, u.vector, reference, gain)
             for (peer, u), gain, reference in zip(sums, gains, references, strict=True)
         )
         return contributions, before / self.mass

@@ -259,7 +259,9 @@ class Update:
 
     round: int
     mass: float  # m_i of the sender
-    reach: float  # sum of the masses in the sender's closed neighbourhood; push-sum: into how many portions it is cut
+    # Sum of the masses in the sender's closed neighbourhood; push-sum: into how many portions it is cut; with running
+    # sums: which one it is of the sender's; pairwise: whether it asks for one in exchange (see `asynchronous`).
+    reach: float
     vector: object  # opaque to the node
     evidence: tuple[bytes, ...] = ()  # of one that came: its manifest and the signature, as they came
 
@@ -388,6 +390,7 @@ class Contribution:
     # What is taken off the vector first: the own one that was sent in this round, or (LAST) the one that came last from
     # this peer; None: nothing.
     reference: int | None = None
+    gain: float = 1.0  # of a running sum: the mass by which it has grown; what it grew by, over that, is a model
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,7 @@ def led_direction(grads: Tensor, dual: Tensor, steps: Tensor | int) -> None:
     """g ← g + z / H, so that each step is p ← p − η g − y / H with the dual y = η z.
 
     Local exact diffusion: Alghunaim, Local Exact-Diffusion for Decentralized Optimization and Learning, 2023. The dual
-    is kept in units of the gradient, and so shrinks with a learning rate that decays; at a constant one nothing differs.
+    is kept in units of the gradient, so that it shrinks with a learning rate that decays; else nothing differs.
     """
     grads.add_(dual / steps)
 

@@ -110,7 +110,7 @@ class Worker:
         trainer = self._trainer
         folded, trained, update = None, None, None
         if job.round > 0 or job.contributions:  # before the first round: the state of others, in place of the own one
-            terms = [Term(c.peer, c.weight, as_tensor(c.vector), c.reference) for c in job.contributions]
+            terms = [Term(c.peer, c.weight, as_tensor(c.vector), c.reference, c.gain) for c in job.contributions]
             folded = trainer.fold(job, terms, time.perf_counter)
         if save is not None:
             save(Checkpoint(job.round, job.mass if job.held is None else job.held, trainer.state()))

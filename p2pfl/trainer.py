@@ -50,6 +50,7 @@ class Term:
     weight: float
     vector: Tensor  # float32 (S,)
     reference: int | None = None  # see `Contribution`
+    gain: float = 1.0
 
 
 # -- What an experiment says -----------------------------------------------------------------------------------------
@@ -330,12 +331,13 @@ class Trainer:
         """Mix these vectors into the own one, and look how good it is. `clock` gives seconds."""
         vector = self.learner.vector
         begin = clock()
-        terms = [Term(t.peer, t.weight, t.vector.to(vector.device), t.reference) for t in terms]
+        terms = [Term(t.peer, t.weight, t.vector.to(vector.device), t.reference, t.gain) for t in terms]
         if self._lies:
             self._heard = torch.stack([term.vector for term in terms]) if terms else self._heard[:0]
         linear = self._rule is None and self.replica is None and self._running is None
         shared = self.size // rules.vectors_sent(self._recipe)
-        consensus = distance_to_mean(self.public[:shared], [t.vector[:shared] for t in terms])
+        public = self.public if self._running is None else self._own
+        consensus = distance_to_mean(public[:shared], [self._model_of(t)[:shared] for t in terms if t.gain])
         before = self._probed() if linear else ()
         if job.jump:
             self._jump(job, terms)
@@ -349,6 +351,13 @@ class Trainer:
         mixed_at = clock()
         scores = self.learner.evaluate() if is_evaluated(self._experiment.train, job.round - 1) else NO_SCORES
         return Folded(scores, consensus, mixed_at - begin, clock() - mixed_at, before, after)
+
+    def _model_of(self, term: Term) -> Tensor:
+        """The neighbour's model: of a running sum, the mean of those by which it has grown."""
+        if self._running is None:
+            return term.vector
+        reference = self._absorbed.get(term.peer) if term.reference == LAST else None
+        return (term.vector if reference is None else term.vector - reference) / term.gain
 
     def _mix(self, job: Compute, terms: Sequence[Term]) -> Tensor:
         """The mixed (S,), in the memory that is there for it."""

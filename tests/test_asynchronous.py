@@ -545,12 +545,14 @@ def test_push_sum_hands_out_its_sum_and_takes_what_others_have_grown_by() -> Non
         node.handle(got("a", round, mass=mass, reach=1.0), 1.0)
     (first,) = jobs(node.handle(computed(1), 2.0))
     held = 1 / 9 + 0.5
-    assert first.contributions == (Contribution("a", 1, 1 / held, "a1"),) and first.kept == pytest.approx(1 / 9 / held)
+    assert first.contributions == (Contribution("a", 1, 1 / held, "a1", gain=0.5),) and first.kept == pytest.approx(
+        1 / 9 / held
+    )
     assert first.held == held and first.portion == held / 3 and first.mass == pytest.approx(1 / 3 + 1 / 9 + held / 3)
     node.handle(got("a", 2, mass=0.75, reach=1.0), 2.5)
     (second,) = jobs(node.handle(computed(2), 3.0))
     held = held / 3 + 0.25
-    assert second.contributions == (Contribution("a", 2, pytest.approx(1 / held), "a2", LAST),)
+    assert second.contributions == (Contribution("a", 2, pytest.approx(1 / held), "a2", LAST, 0.25),)
     assert second.held == pytest.approx(held)
 
 

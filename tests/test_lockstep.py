@@ -129,10 +129,11 @@ def test_every_rule_gives_the_vectors_of_real_nodes(tmp_path: Path, rule: str) -
     assert outcome.summary == json.loads((tmp_path / "lockstep" / "summary.json").read_text())
 
 
+@pytest.mark.parametrize("steps", ["train.local_epochs=2", "train.local_steps=2"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_all_at_once_is_the_loop(optimizer: str) -> None:
+def test_all_at_once_is_the_loop(optimizer: str, steps: str) -> None:
     """Batches of unequal length, frozen tensors, unequal numbers of steps, and nodes that are away for some rounds."""
-    settings = ("model.name=test_lockstep:half_frozen", "train.local_epochs=2", f"train.optimizer={optimizer}")
+    settings = ("model.name=test_lockstep:half_frozen", steps, f"train.optimizer={optimizer}")
     away = 'faults=[{kind="pause", node=1, round=1, seconds=2}]'
     of = small(*settings, away, "train.weight_decay=0.01", "train.lr=0.01")
     fast, slow = (advance(of, 5, at_once=at_once) for at_once in (True, False))

@@ -182,7 +182,7 @@ class ModelWorker:
 
     def fold(self, job: Compute) -> Folded:
         """See `Worker.fold`."""
-        terms = [Term(c.peer, c.weight, _as_tensor(c.vector), c.reference) for c in job.contributions]
+        terms = [Term(c.peer, c.weight, _as_tensor(c.vector), c.reference, c.gain) for c in job.contributions]
         folded = self.trainer.fold(job, terms, no_time)
         self.reading = self._read()
         return folded

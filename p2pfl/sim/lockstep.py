@@ -389,7 +389,7 @@ class Lockstep:
         since = round - self._suspicion
         if name in self._failed_in:
             return self._failed_in[name] <= since
-        return since >= 0 and all(self._masks.is_away(name, earlier) for earlier in range(since, round + 1))
+        return all(self._masks.is_away(name, earlier) for earlier in range(since, round + 1))
 
     def _grouped(self, here: frozenset[str]) -> tuple[tuple[Rows, int], ...]:
         """Neighbouring rows of those who take part, which take equally many steps and have trained equally often."""
