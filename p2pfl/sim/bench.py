@@ -118,8 +118,11 @@ def _made_up(name: str) -> Part:
 
 
 def _seconds_of_a_round(nodes: Lockstep, rounds: int) -> float:
+    """Of the fastest: whatever else runs on this machine makes a round slower, never faster."""
     nodes.advance(0, look=False)
-    began = time.perf_counter()
+    seconds = []
     for round in range(1, rounds + 1):
+        began = time.perf_counter()
         nodes.advance(round, look=False)
-    return (time.perf_counter() - began) / rounds
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
