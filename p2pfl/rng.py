@@ -7,13 +7,14 @@ part of the program draws cannot shift what another part gets. Nothing here keep
 from __future__ import annotations
 
 import hashlib
+import struct
 
 import numpy as np
 
 
 def _words(names: tuple[str | int, ...]) -> list[int]:
     digest = hashlib.sha256("\x1f".join(map(str, names)).encode()).digest()
-    return [int.from_bytes(digest[i : i + 4], "big") for i in range(0, 16, 4)]
+    return list(struct.unpack(">4I", digest[:16]))
 
 
 def _sequence(seed: int, names: tuple[str | int, ...]) -> np.random.SeedSequence:
