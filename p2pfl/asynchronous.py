@@ -152,6 +152,7 @@ class RunningSums:
 
     mass: float
     least: float = 0.0  # with less than this nothing is handed out: nothing would be left to be divided by
+    most: float = math.inf  # that anybody may hold, or say that it has handed out: more is a lie, which goes no further
     handed_out: float = 0.0  # to each of those who are told
     beginnings: int = 0  # how often that began anew
     _listeners: tuple[tuple[str, int], ...] = ()
@@ -163,8 +164,8 @@ class RunningSums:
         return 1.0 + self.beginnings
 
     def tell(self, listeners: tuple[tuple[str, int], ...]) -> bool:
-        """From now on these, by name and epoch, are told; True if the sum begins anew for it."""
-        anew = listeners != self._listeners and self.handed_out > 0
+        """From now on these, by name and epoch, are told; True if the sum begins anew: for it, or before `most`."""
+        anew = self.handed_out > 0 and (listeners != self._listeners or self.handed_out + self.mass > self.most)
         self._listeners = listeners
         if anew:
             self.handed_out, self.beginnings = 0.0, self.beginnings + 1
@@ -198,9 +199,10 @@ class RunningSums:
             gains.append(update.mass - mass if goes_on else update.mass)
             references.append(LAST if goes_on else None)
             self._taken[peer] = (update.reach, update.mass)
-        self.mass = math.fsum([before, *gains])
+        total = math.fsum([before, *gains])
+        self.mass = min(total, self.most)
         contributions = tuple(
-            Contribution(peer, u.round, 1 / self.mass if gain else 0.0, u.vector, reference, gain)
+            Contribution(peer, u.round, 1 / total if gain else 0.0, u.vector, reference, gain)
             for (peer, u), gain, reference in zip(sums, gains, references, strict=True)
         )
-        return contributions, before / self.mass
+        return contributions, before / total

@@ -410,6 +410,7 @@ class Link:
         if peer is not None:
             self._forget(peer, "quarantined")
             peer.partial = None
+            peer.manifests.clear()  # or the proof that shut it out would do so again whenever somebody shows it
         self._hang_up(name)
         for dial in self._dials:
             if dial.member.name == name:
@@ -867,6 +868,7 @@ class Link:
             peer.interrupted_at = time.monotonic()
         peer.path = peer.sending = peer.incoming = peer.owed = None
         peer.waiting.clear()
+        self.lacking.discard(peer.name)  # when it is back, its hello says what it has
         self._events.append(LinkDown(peer.name, why))
 
     # -- What comes in -----------------------------------------------------------------------------------------------
@@ -952,9 +954,9 @@ class Link:
                 if peer.sending is not None and peer.sending.sealed.round == round:
                     peer.sending.skip_to(start)
             case Refused(round, code):
-                if code == GAP:
-                    self.lacking.add(peer.name)
                 if peer.sending is not None and peer.sending.sealed.round == round:
+                    if code == GAP:
+                        self.lacking.add(peer.name)
                     if code == INTERRUPTED and len(peer.waiting) < MAX_WAITING:
                         peer.waiting.appendleft(peer.sending.sealed)
                     peer.sending = None

@@ -306,8 +306,10 @@ def distance_to_mean(own: Tensor, vectors: Sequence[Tensor]) -> float:
     return math.sqrt(math.fsum(squares))
 
 
-def check_vector(vector: Tensor, typical_norm: float | None) -> float:
+def check_vector(vector: Tensor, typical_norm: float | None, mass: float = 1.0) -> float:
     """The L2 norm of a received vector (flat float32, at least one element), if it may be averaged.
+
+    `mass`, > 0: the vector is a sum of models with weights that come to this, and it is their mean that counts.
 
     BadMessage "bad_value" for NaN, infinity, |value| > MAX_VALUE, and a norm above NORM_FACTOR * `typical_norm`.
     Without a typical norm (None, or 0.0) there is nothing to compare with. Zeros and denormals are numbers like others.
@@ -318,7 +320,7 @@ def check_vector(vector: Tensor, typical_norm: float | None) -> float:
         raise BadMessage("bad_value", "the vector holds NaN or infinity")
     if largest > MAX_VALUE:
         raise BadMessage("bad_value", f"a value of size {largest:.1e}, above {MAX_VALUE:.0e}")
-    norm = _norm(vector)
+    norm = _norm(vector) / mass
     if typical_norm and norm > NORM_FACTOR * typical_norm:
         raise BadMessage("bad_value", f"norm {norm:.3g}, more than {NORM_FACTOR:g} times the usual {typical_norm:.3g}")
     return norm

@@ -62,6 +62,7 @@ from p2pfl.messages import (
 )
 from p2pfl.weights import (
     FROM_WHOLE_GRAPH,
+    LEAST_MASS,
     PUSH_SUM,
     Neighbourhood,
     Stake,
@@ -220,7 +221,7 @@ class Node:
         self._mass = settings.mass if settings.held_mass is None else settings.held_mass  # only push-sum changes it
         self._reach = self._mass  # of the round in progress
         least = LEAST_SHARE * settings.mass
-        self._sums = RunningSums(self._mass, least) if settings.schedule == "push-sum" else None
+        self._sums = RunningSums(self._mass, least, MAX_MASS) if settings.schedule == "push-sum" else None
         self._counted: dict[str, float] = {}  # whose mass is in the reach, and which
         self.membership: Membership | None = None
         self._wiring: Wiring | None = None
@@ -523,7 +524,7 @@ class Node:
         if update.round >= self._waited_from:
             neighbour.lateness.append(self._lateness(neighbour, update.round))
         neighbour.updated_at = self._now
-        if self._push_sum and not (update.mass <= MAX_MASS and update.reach >= 1):
+        if self._push_sum and not (LEAST_MASS <= update.mass <= MAX_MASS and update.reach >= 1):
             why = f"round {update.round} is cut into {update.reach} portions of a mass of {update.mass}"
             self._rejected(Rejected(peer, "bad_mass", why, update.evidence))
         elif self._ages and not 1 <= update.mass <= MAX_MASS:
@@ -864,7 +865,8 @@ class Node:
             expected = len(self.settings.neighbours) + self.settings.unnamed
             linked = sum(n.linked for n in self.neighbours.values())
             named = all(self.neighbours[name].linked for name in self.settings.neighbours)
-            under_way = any(n.linked and n.round > self.round for n in self.neighbours.values())
+            ahead = max(1, self.settings.drift)  # so far a neighbour comes that waits for nothing of ours
+            under_way = any(n.linked and n.round >= self.round + ahead for n in self.neighbours.values())
             if (named and linked >= expected) or under_way or self._now >= self._waits_until():
                 self._start()
         elif self.phase is Phase.COLLECTING:
@@ -955,7 +957,7 @@ class Node:
         for name, update in updates.items():
             weights[name] *= staleness_weight(max(0.0, self._needed - update.round))
         if self._push_sum:
-            self._mass = mass_after(own, heard)
+            self._mass = min(mass_after(own, heard), MAX_MASS)  # or others would take the liar's offence for ours
         missing = tuple(name for name in self.neighbours if name in part.hears and name not in updates)
         self._end_round(tuple(updates), () if self._ages else missing)  # gossip expects nobody's
         contributions = tuple(Contribution(name, u.round, weights[name], u.vector) for name, u in updates.items())
@@ -1021,6 +1023,8 @@ class Node:
             restart = self._sums.tell(tuple((n.name, n.epoch) for n in here))
             portion = self._sums.hand_out() if train else 0.0
             self._mass, self._reach = self._sums.handed_out, self._sums.reach
+            if not self._mass:
+                self._told = ()  # nothing is no sum, and would be refused
         elif self._push_sum:  # mass that is sent to somebody who is not there would be lost
             self._told = tuple(name for name in self._listeners() if name in part.tells)
             self._reach = 1.0 + len(self._told)

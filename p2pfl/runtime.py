@@ -170,13 +170,18 @@ def unusable(why: str) -> str:
 class Norms:
     """What is usual among the vectors that a node has accepted, so that one which is not can be refused."""
 
-    def __init__(self, own: float) -> None:
-        """`own`: L2 norm of the node's first vector, to begin with; 0.0 tells nothing."""
+    def __init__(self, own: float, *, sums: bool = False) -> None:
+        """`own`: L2 norm of the node's first vector, to begin with; 0.0 tells nothing. `sums`: it gets running sums."""
         self._accepted: deque[float] = deque([own] if own else [], maxlen=NORMS)
+        self._sums = sums
 
-    def check(self, vector: Tensor) -> float:
-        """The L2 norm of a vector that came, from now on a usual one; BadMessage as `check_vector` says."""
-        norm = check_vector(vector, statistics.median(self._accepted) if self._accepted else None)
+    def check(self, vector: Tensor, mass: float = 1.0) -> float:
+        """The L2 norm of a model that came, from now on a usual one; BadMessage as `check_vector` says.
+
+        A running sum is `mass` times such a model.
+        """
+        usual = statistics.median(self._accepted) if self._accepted else None
+        norm = check_vector(vector, usual, mass if self._sums else 1.0)
         self._accepted.append(norm)
         return norm
 
@@ -220,7 +225,7 @@ class Runtime:
         self._epoch = epoch
         self._observe = observe
         self._before_round = before_round
-        self._norms = Norms(norm)
+        self._norms = Norms(norm, sums=node.settings.schedule == "push-sum")
         self._own_norm = norm
         self._last_norms: dict[str, float] = {}
         self._save_next = False
@@ -469,7 +474,7 @@ class Runtime:
             case Received(peer, Update(round, _, _, Lease() as lease) as update):
                 try:
                     vector = self._read(peer, round, lease)
-                    norm = self._norms.check(as_tensor(vector))
+                    norm = self._norms.check(as_tensor(vector), update.mass)
                 except BadMessage as error:
                     return Rejected(peer, error.code, error.why, update.evidence, round)
                 self._look_twice(peer, round, norm)

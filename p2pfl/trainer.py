@@ -111,6 +111,8 @@ def _from_function(name: str) -> Rule:
         if not isinstance(mixed, Tensor) or mixed.shape != vectors.shape[1:]:
             got = tuple(mixed.shape) if isinstance(mixed, Tensor) else type(mixed).__name__
             raise BadInput(f"mix.rule = {name!r} returned {got}: it must return one vector {tuple(vectors.shape[1:])}")
+        if not mixed.isfinite().all():
+            raise BadInput(f"mix.rule = {name!r} made NaN or infinity of finite vectors: it must return numbers")
         return mixed
 
     return rule
@@ -250,6 +252,11 @@ class Trainer:
         lies = any(fault.about in VECTOR_LIES for fault in self._experiment.faults)
         linear = self._rule is None and mix.outer == "none" and mix.schedule in ("sync", "gossip")
         return linear and self._everything and self.codec.name == "none" and not lies
+
+    @property
+    def sends_sums(self) -> bool:
+        """Whether what is public is a running sum of models, and not a model."""
+        return self._running is not None
 
     @property
     def start(self) -> Tensor:

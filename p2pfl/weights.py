@@ -36,6 +36,8 @@ from p2pfl.config import FROM_WHOLE_GRAPH as FROM_WHOLE_GRAPH
 from p2pfl.config import PUSH_SUM as PUSH_SUM
 from p2pfl.messages import BadInput
 
+LEAST_MASS = 2.0**-53  # of push-sum: beside the 1 that a node, or a row, begins with it is nothing
+
 
 @dataclass(frozen=True, slots=True)
 class Stake:
@@ -126,5 +128,8 @@ def weights_of(weights: str, own: Stake, heard: Mapping[str, Stake], fixed: Mapp
 
 
 def mass_after(own: Stake, heard: Mapping[str, Stake]) -> float:
-    """The push-sum mass that a node holds after a round: the portion that it kept, and those that came."""
-    return math.fsum(stake.mass / stake.reach for stake in (own, *heard.values()))
+    """The push-sum mass that a node holds after a round: the portion that it kept, and those that came.
+
+    Never below LEAST_MASS: whom nobody hands anything, round after round, would be divided by zero in the end.
+    """
+    return max(math.fsum(stake.mass / stake.reach for stake in (own, *heard.values())), LEAST_MASS)

@@ -238,6 +238,11 @@ def test_whoever_tells_one_this_and_another_that_is_found_out_when_one_of_them_c
         until(lambda: accusations(alice), alice, bob)
         expected = [("mallory", "equivocation", (*for_alice[0], *for_bob[0]))] if two_faced else []
         assert [(r.peer, r.code, r.evidence) for r in alice.all(Rejected)] == expected
+        if two_faced:  # the same proof once more is no second offence, nor whenever it has served its time
+            alice.link.disconnect("mallory", 0.0)
+            bob.link.send(("alice",), Accusation("mallory", "bad_value", *for_bob))
+            until(lambda: len(accusations(alice)) == 2, alice, bob)
+            assert len([r for r in alice.all(Rejected) if r.code == "equivocation"]) == 1
         rounds = [
             signed_manifest(*evidence, IDS["mallory"].card, EXPERIMENT).round for evidence in (*for_alice, *for_bob)
         ]
@@ -285,6 +290,13 @@ def test_without_rounds_in_common_one_can_lie_as_well(tmp_path: Path, schedule: 
     for folder, faults in (("honest", "faults=[]"), ("lie", lies)):
         simulate(tmp_path / folder, *SMALL, f"mix.schedule={schedule}", "mix.momentum=none", faults)
     assert models(tmp_path / "honest") != models(tmp_path / "lie") != {}
+
+
+def test_nobody_is_taken_for_a_liar_because_it_has_many_rows(tmp_path: Path) -> None:
+    """A running sum grows with the rows, and with the rounds."""
+    many = ("mix.schedule=push-sum", "topology.weights=push-sum-samples", "topology.nodes=3")
+    summary = simulate(tmp_path, *SMALL, *many)
+    assert (summary["finished"], summary["rejected"]) == (3, {})
 
 
 def test_a_liar_is_shut_out_the_others_tell_each_other_and_finish(tmp_path: Path) -> None:

@@ -338,6 +338,21 @@ def test_who_gets_nothing_back_keeps_a_little_for_ever() -> None:
     assert math.fsum([sums.mass, *portions]) == pytest.approx(1.0, abs=1e-15)
 
 
+def test_who_believes_a_liar_says_nothing_that_would_be_taken_for_a_lie() -> None:
+    most = 1000.0
+    sums, listener = RunningSums(1.0, LEAST_SHARE, most), RunningSums(1.0)
+    for round in range(50):
+        begins_anew = sums.tell((("a", 1), ("b", 1)))
+        assert begins_anew == (sums.handed_out == 0.0 < sums.beginnings)
+        sums.hand_out()
+        said = update(round, "σ", sums.handed_out, sums.reach)
+        assert 0 < said.mass <= most and sums.mass <= most and listener.grows("me", said)
+        listener.take([("me", said)])
+        taken, kept = sums.take([("liar", update(round, "σ", most, round + 1.0))])
+        assert kept + math.fsum(c.weight * c.gain for c in taken) == pytest.approx(1.0)
+    assert sums.beginnings > 10, "it never came to what anybody may hold"
+
+
 def push_sum_trainer(name: str, seed: int) -> Trainer:
     """One that only averages, with random parameters."""
     settings = ["topology.nodes=2", "topology.graph=complete", "mix.schedule=push-sum", "train.rounds=1000000"]
@@ -537,6 +552,15 @@ def handing_out() -> Node:
     assert sent == Send(("a", "b"), Update(0, 1 / 3, 1.0, "mine0"))
     assert going_on == Compute(1, (), 1 / 3 + 1 / 9, 1.0, True, 3.0, kept=1.0, portion=1 / 9, told=2, held=1 / 3)
     return node
+
+
+def test_push_sum_who_has_nothing_to_hand_out_says_nothing() -> None:
+    """A sum of nothing is none, and who gets it would refuse it."""
+    node = without_rounds("push-sum", held_mass=LEAST_SHARE / 2)
+    node.handle(link_up("a"), 0.0)
+    (first,) = jobs(node.handle(link_up("b"), 0.0))
+    assert (first.portion, first.mass) == (0.0, 0.0)
+    assert not any(isinstance(effect, Send) for effect in node.handle(computed(0), 1.0))
 
 
 def test_push_sum_hands_out_its_sum_and_takes_what_others_have_grown_by() -> None:

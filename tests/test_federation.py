@@ -114,7 +114,7 @@ def test_metrics_lines_are_as_the_contract_says(tmp_path: Path) -> None:
     assert line["bytes"]["sent"] > 2 * 4 * (30 * 64 + 64 + 64 * 2 + 2)  # to two neighbours
     assert line["consensus"] > 0
     keys = {"nodes", "finished", "failed", "rounds", "seconds", "metrics", "mean_model", "consensus_distance", "bytes"}
-    assert keys | {"rejected", "epsilon", "contraction", "topology"} == set(summary)
+    assert keys | {"rejected", "epsilon", "personal", "contraction", "topology"} == set(summary)
     assert set(summary["metrics"]["accuracy"]) == {"mean", "min", "max"}
     for file in ("experiment.toml", "topology.json", "summary.json"):
         assert (tmp_path / "run" / file).is_file()

@@ -562,6 +562,14 @@ def test_a_norm_far_above_the_usual_is_refused() -> None:
     assert caught.value.code == "bad_value"
 
 
+def test_a_sum_of_models_is_as_long_as_they_are_many() -> None:
+    models = torch.full((4,), 500.0)  # norm 1000
+    assert check_vector(models, 1.0, mass=1000.0) == 1.0
+    for mass in (9.0, 5e-324):
+        with pytest.raises(BadMessage, match="times the usual"):
+            check_vector(models, 1.0, mass)
+
+
 @pytest.mark.parametrize("nothing_to_compare_with", [None, 0.0])
 def test_without_a_usual_norm_any_finite_norm_passes(nothing_to_compare_with: float | None) -> None:
     assert check_vector(torch.tensor([1e20]), nothing_to_compare_with) == pytest.approx(1e20)

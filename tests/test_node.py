@@ -54,10 +54,10 @@ from p2pfl.messages import (
     Update,
     Value,
 )
-from p2pfl.node import MAX_MASS, MAX_PATIENCE, Node, Phase, Settings, catch_up_round, patience, view_of
+from p2pfl.node import MAX_MASS, MAX_PATIENCE, MAX_STEP, Node, Phase, Settings, catch_up_round, patience, view_of
 from p2pfl.topology import Topology, build, neighbourhoods, wiring
 from p2pfl.topology.matrix import mixing_matrix
-from p2pfl.weights import Neighbourhood, Wiring, graph_reach
+from p2pfl.weights import LEAST_MASS, Neighbourhood, Wiring, graph_reach
 
 SCORES = Scores({"loss": 0.5})
 TRAINED = Trained(0.5, SCORES, 1.0, 0.25)
@@ -1446,7 +1446,7 @@ def test_push_sum_gives_no_portion_to_whoever_is_not_there() -> None:
     assert node.handle(computed(0), 4.0) == [Send(("a",), Update(0, 1.0, 2.0, "mine0"))]
 
 
-@pytest.mark.parametrize(("mass", "reach"), [(1e300, 1.0), (1.0, 0.5), (math.inf, 2.0)])
+@pytest.mark.parametrize(("mass", "reach"), [(1e300, 1.0), (1e-300, 1.0), (1.0, 0.5), (math.inf, 2.0)])
 def test_push_sum_refuses_a_mass_that_nobody_can_have(mass: float, reach: float) -> None:
     node = fresh(weights="push-sum", neighbours=("a",))
     node.handle(up("a"), 0.0)
@@ -1454,6 +1454,29 @@ def test_push_sum_refuses_a_mass_that_nobody_can_have(mass: float, reach: float)
     assert node.conduct.counts == {}
     node.handle(got("a", 0, mass=mass, reach=reach), 1.0)
     assert node.conduct.counts == {"bad_mass": 1}
+
+
+def test_push_sum_whom_nobody_hands_anything_goes_on_for_ever_with_next_to_nothing() -> None:
+    node = fresh(weights="push-sum", neighbours=("a",), held_mass=LEAST_MASS, patience=1.0, join_timeout=1.0)
+    node.handle(up("a"), 0.0)
+    for round in range(3):
+        node.handle(computed(round), 10.0 * round)
+        (job,) = (e for e in node.handle(Tick(), 10.0 * round + 9.0) if isinstance(e, Compute))
+        assert (job.contributions, job.mass, job.step) == ((), LEAST_MASS, MAX_STEP)
+
+
+def test_push_sum_who_believes_a_liar_is_not_taken_for_one() -> None:
+    """Two neighbours claim to hold all rows that there can be, so this one holds more than there can be."""
+    node = fresh(weights="push-sum")
+    node.handle(up("a"), 0.0)
+    node.handle(up("b"), 0.0)
+    for round in range(3):
+        node.handle(computed(round), 1.0 * round)
+        node.handle(got("a", round, mass=MAX_MASS, reach=1.0), 1.0 * round)
+        *_, job = node.handle(got("b", round, mass=MAX_MASS, reach=1.0), 1.0 * round)
+        assert isinstance(job, Compute) and job.mass == MAX_MASS
+        assert sum(c.weight for c in job.contributions) <= 1.0
+    assert node.conduct.counts == {}
 
 
 def test_push_sum_on_a_directed_cycle_with_a_chord_ends_at_the_mean_at_every_node() -> None:

@@ -25,7 +25,17 @@ from p2pfl.data import load_part, load_parts
 from p2pfl.envelope import NO_BASE, WHOLE, Lease, Manifest, Opening, Sealed, Sealer, verify
 from p2pfl.learner import make_learner
 from p2pfl.link import GAP, Link
-from p2pfl.messages import BadMessage, Compute, Contribution, Rejected, Update
+from p2pfl.messages import (
+    BadMessage,
+    Compute,
+    Contribution,
+    Heartbeat,
+    LinkDown,
+    Received,
+    Refused,
+    Rejected,
+    Update,
+)
 from p2pfl.records import NodeRecords
 from p2pfl.replicas import Replicas, whole
 from p2pfl.runtime import FLOAT_BYTES, Dial, Packed, Runtime, Worker, assemble
@@ -321,6 +331,23 @@ def party(name: str, base: Callable[[str, int], bool] = lambda peer, base: True)
 def change(sender: Party, round: int, base: int, filling: bytes = b"\1") -> Update:
     sealed = sender.sealer.seal(memoryview(filling * SIZES.packed["int8"]), round, 1.0, 1.0, "int8", base)
     return Update(round, 1.0, 1.0, sealed)
+
+
+def test_whole_vectors_are_made_only_for_who_was_sent_a_difference_and_is_still_there() -> None:
+    ada, ben = party("ada"), party("ben", lambda peer, base: False)
+    try:
+        connect(ada, ben)
+        ben.link.send(["ada"], Refused(5, GAP))  # type: ignore[arg-type]  # of what nobody offered
+        ben.link.send(["ada"], Heartbeat(7))
+        until(lambda: ada.all(Received), ada, ben)
+        assert ada.link.lacking == set()
+        ada.link.send(["ben"], change(ada, 5, 3))
+        until(lambda: ada.link.lacking, ada, ben)
+        ben.link.close(0)
+        until(lambda: ada.all(LinkDown), ada)
+        assert ada.link.lacking == set()
+    finally:
+        ada.link.close(0)
 
 
 def test_a_difference_that_continues_what_is_not_there_is_refused_before_it_has_travelled() -> None:

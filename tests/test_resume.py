@@ -29,6 +29,7 @@ from p2pfl.identity import Identity
 from p2pfl.learner import make_learner
 from p2pfl.messages import BadInput, Compute, Contribution
 from p2pfl.runtime import Worker, as_tensor
+from p2pfl.trainer import Trainer
 
 EXPERIMENT = bytes(range(32))
 LIKE = {
@@ -265,7 +266,8 @@ def test_before_the_first_round_ended_the_state_of_others_takes_the_place_of_the
         as_tensor(lease).fill_(value)
     sealer = Sealer(Identity.generate(name), EXPERIMENT, learner.schema.digest, size, 1)
     given = tuple(Contribution(peer, 0, 1 / 2, lease) for peer, lease in leases.items())
-    outcome = Worker(learner, sealer, name).compute(Compute(0, given, 1.0, 3.0, train=False), None)
+    worker = Worker(Trainer(learner, experiment, name, varies=False), sealer, resumed=False)
+    outcome = worker.compute(Compute(0, given, 1.0, 3.0, train=False, jump=True), None, lacking=False)
     assert outcome.computed.folded is not None and torch.equal(learner.vector, torch.full_like(learner.vector, 2.0))
 
 

@@ -384,7 +384,10 @@ PATIENT = [f"--set=network.{key}=600" for key in ("silence", "grace", "patience"
 
 @pytest.fixture(scope="module")
 def stalled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Three hospitals, the last of which stands still at the start of round 5 while the others wait for it."""
+    """Three hospitals, the last of which stands still at the start of round 5 while the others wait for it.
+
+    Or one round before: its last update may still be in its own sockets, which stand still with it.
+    """
     path = tmp_path_factory.mktemp("run") / "stalled"
     fault = 'faults=[{kind="pause", node=2, round=5, seconds=600}]'
     with started("up", "hospitals", "--run-dir", path, "--set", fault, *PATIENT) as process:
@@ -397,7 +400,8 @@ def stalled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert all(left_behind) and not any(socket.exists() for socket in left_behind if socket is not None)
     after = json.loads(run("status", path, "--json").stdout)
     assert after["running"] == 0 and {node["state"] for node in after["nodes"].values()} <= {"left", "stopped"}
-    assert after["nodes"]["ashford"] == {"name": "ashford", "state": "left", "last_round": 4}
+    assert after["nodes"]["ashford"].pop("last_round") in (3, 4)
+    assert after["nodes"]["ashford"] == {"name": "ashford", "state": "left"}
 
 
 def test_who_waits_for_whom_since_when_and_until_when(stalled: Path) -> None:
@@ -406,9 +410,9 @@ def test_who_waits_for_whom_since_when_and_until_when(stalled: Path) -> None:
     assert said["nodes"]["cedarhill"] == {"name": "cedarhill", "state": "silent", "last_round": 3}
     for name, other in (("ashford", "birchwood"), ("birchwood", "ashford")):
         node = said["nodes"][name]
-        assert (node["state"], node["phase"], node["round"]) == ("running", "collecting", 5)
+        assert (node["state"], node["phase"]) == ("running", "collecting") and node["round"] in (4, 5)
         (late,) = node["awaited"]
-        assert late["peer"] == "cedarhill" and late["what"].endswith("its update of round 5")
+        assert late["peer"] == "cedarhill" and late["what"].endswith(f"its update of round {node['round']}")
         assert late["since"] > 5.0 and late["since"] + late["left"] == pytest.approx(600.0)
         assert 0 < late["left_if_silent"] <= late["left"]
         assert [n["name"] for n in node["neighbours"]] == sorted([other, "cedarhill"])
@@ -418,7 +422,7 @@ def test_who_waits_for_whom_since_when_and_until_when(stalled: Path) -> None:
 def test_the_same_in_words(stalled: Path) -> None:
     said = run("status", stalled).stdout
     assert f"{stalled}: 2 of 3 nodes answer" in said.replace("\n", "")
-    reason = r"(its link, and )?its update of round 5"
+    reason = r"(its link, and )?its update of round [45]"
     assert re.search(rf"ashford waits for cedarhill \({reason}\) since \d+\.\d s, at most 5\d\d\.\d s more", said)
     assert said.endswith("in the end, they wait for cedarhill\n")
     assert re.search(r"^cedarhill +4 .*does not answer: it stands still", said, re.MULTILINE)
@@ -432,7 +436,7 @@ def test_one_node_by_its_address_its_socket_and_its_folder(stalled: Path) -> Non
     for target in (address, f"127.0.0.1:{port}", f"localhost:{port}", path, stalled / "nodes" / "birchwood"):
         said = json.loads(run("status", target, "--json").stdout)
         assert (said["run"], said["running"], list(said["nodes"])) == (None, 1, ["birchwood"])
-    assert re.search(r"^ashford +5 +\d+\.\d s ago ", run("status", address).stdout, re.MULTILINE)
+    assert re.search(r"^ashford +[45] +\d+\.\d s ago ", run("status", address).stdout, re.MULTILINE)
 
 
 def test_without_an_argument_the_newest_run_that_runs(stalled: Path, tmp_path: Path) -> None:

@@ -128,10 +128,19 @@ def test_the_test_rows_are_looked_at_as_often_as_asked_and_at_the_end() -> None:
     assert [round for round, seen in enumerate(looked) if seen] == [2, 5, 7]
 
 
-def test_a_rule_of_the_users_that_gives_no_vector_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "half_a_rule.py").write_text("def half(vectors, weights, tolerate):\n    return vectors[:, :1]\n")
+@pytest.mark.parametrize(
+    ("gives", "why"),
+    [
+        ("vectors[:, :1]", r"returned \(3, 1\): it must return one vector"),
+        ("vectors[0] / 0.0", "made NaN or infinity of finite vectors"),
+    ],
+)
+def test_a_rule_of_the_users_that_gives_no_vector_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gives: str, why: str
+) -> None:
+    (tmp_path / "half_a_rule.py").write_text(f"def half(vectors, weights, tolerate):\n    return {gives}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "half_a_rule", raising=False)
     nodes = trainers(experiment(mix={"rule": "half_a_rule:half"}))
-    with pytest.raises(BadInput, match=r"mix\.rule = 'half_a_rule:half' returned \(3, 1\): it must return one vector"):
+    with pytest.raises(BadInput, match=rf"mix\.rule = 'half_a_rule:half' {why}"):
         train(nodes, range(1))

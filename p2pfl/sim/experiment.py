@@ -164,7 +164,7 @@ class ModelWorker:
 
     def __init__(self, trainer: Trainer, probe: Probe) -> None:
         self.trainer, self._probe = trainer, probe
-        self._norms = Norms(usable_norm(trainer.learner))
+        self._norms = Norms(usable_norm(trainer.learner), sums=trainer.sends_sums)
         self.reading = self._read()
 
     @property
@@ -187,9 +187,9 @@ class ModelWorker:
         self.reading = self._read()
         return folded
 
-    def check(self, vector: object) -> None:
+    def check(self, vector: object, mass: float) -> None:
         """See `Worker.check`."""
-        self._norms.check(_as_tensor(vector))
+        self._norms.check(_as_tensor(vector), mass)
 
     def train(self, job: Compute) -> tuple[Trained, object]:
         """See `Worker.train`."""
@@ -206,7 +206,7 @@ class ModelWorker:
         """See `Worker.restore`."""
         assert isinstance(state, dict)
         self.trainer.restore(state)
-        self._norms = Norms(usable_norm(self.learner))
+        self._norms = Norms(usable_norm(self.learner), sums=self.trainer.sends_sums)
         self.reading = self._read()
 
 

@@ -457,7 +457,7 @@ def _checked(life: Life, peer: str, update: Update) -> Event:
     assert isinstance(cargo, Cargo)
     evidence = (_mark(cargo.parcel),)
     try:
-        life.worker.check(cargo.vector)
+        life.worker.check(cargo.vector, update.mass)
     except BadMessage as error:
         return Rejected(peer, error.code, error.why, evidence, update.round)
     return Received(peer, replace(update, evidence=evidence))

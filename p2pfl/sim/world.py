@@ -87,7 +87,7 @@ class Worker(Protocol):
     def fold(self, job: Compute) -> Folded:
         """Mix the contributions of this job into the own vector."""
 
-    def check(self, vector: object) -> None:
+    def check(self, vector: object, mass: float) -> None:
         """BadMessage if a vector that came must not be averaged."""
 
     def train(self, job: Compute) -> tuple[Trained, object]:
@@ -144,7 +144,7 @@ class Number:
             return self._taken[contribution.peer]
         return self._sent[contribution.reference]
 
-    def check(self, vector: object) -> None:
+    def check(self, vector: object, mass: float) -> None:
         """A number is always good."""
 
     def train(self, job: Compute) -> tuple[Trained, object]:
