@@ -15,7 +15,7 @@ from p2pfl.messages import Compute, Contribution, Effect, Event, Gossip, Happene
 from p2pfl.node import Phase
 from p2pfl.sim.scenario import Scenario
 from p2pfl.sim.world import Cargo, Life, Machine, Parcel, Saved, Way
-from p2pfl.weights import FROM_WHOLE_GRAPH, PUSH_SUM
+from p2pfl.weights import FROM_WHOLE_GRAPH, LEAST_MASS, PUSH_SUM
 
 MAX_UPDATES = 2  # of one neighbour that wait to be folded
 ROUNDING = 1e-9  # relative to the numbers that are mixed
@@ -227,7 +227,7 @@ def push_sum_makes_no_mass(life: Life, job: Compute, effects: Sequence[Effect]) 
     if life.node.settings.weights not in PUSH_SUM or life.stake is None or job.kept is not None or catches_up(effects):
         return None
     stakes = [life.came[parcel_of(c), c.round] for c in job.contributions]
-    held = math.fsum(stake.mass / stake.reach for stake in (life.stake, *stakes))
+    held = max(math.fsum(stake.mass / stake.reach for stake in (life.stake, *stakes)), LEAST_MASS)
     return None if abs(job.mass - held) <= ROUNDING * held else f"it holds {job.mass}, kept and got {held}"
 
 
