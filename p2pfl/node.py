@@ -153,6 +153,7 @@ class Neighbour:
     updated_at: float = -math.inf  # when its last update came
     gone_after: int | None = None  # it said goodbye: its updates of rounds below this one were sent
     missed: int = 0  # rounds in a row that it was waited for in vain, and did not come nearer
+    unconfirmed: int = 0  # rounds in a row that its receipt was waited for in vain
     behind: int = 0  # how many rounds it was behind at the last of them
     in_step: int = 0  # updates in a row that came in time
     degraded: bool = False  # too slow to be waited for; what comes of it still counts, less the later it is
@@ -459,7 +460,7 @@ class Node:
         if event.epoch > neighbour.epoch:  # a new start of its process: what the old one said no longer counts
             neighbour.round, neighbour.heard, neighbour.confirmed, neighbour.gone_after = 0, -1, -1, None
             neighbour.offered, neighbour.ahead_since = -1, None
-            neighbour.missed, neighbour.in_step, neighbour.degraded = 0, 0, False
+            neighbour.missed, neighbour.unconfirmed, neighbour.in_step, neighbour.degraded = 0, 0, 0, False
             neighbour.updates.clear()
             if self._sums is not None:
                 self._sums.forget(event.peer)
@@ -576,7 +577,7 @@ class Node:
             self._note("late", peer=neighbour.name, round=round)
             return
         neighbour.in_step, neighbour.missed = neighbour.in_step + 1, 0
-        if neighbour.degraded and neighbour.in_step >= MAX_MISSED:
+        if neighbour.degraded and neighbour.in_step >= MAX_MISSED and neighbour.unconfirmed < MAX_MISSED:
             neighbour.degraded = False
             self._note("restored", peer=neighbour.name, round=round)
 
@@ -588,6 +589,13 @@ class Node:
         if neighbour.missed >= MAX_MISSED and not neighbour.degraded:
             neighbour.degraded = True
             self._note("degraded", peer=neighbour.name, round=self.round, behind=behind)
+
+    def _miss_receipt(self, neighbour: Neighbour) -> None:
+        """Its update came, but not the word that ours did. Who withholds that is not waited for without end, either."""
+        neighbour.unconfirmed += 1
+        if neighbour.unconfirmed >= MAX_MISSED and not neighbour.degraded:
+            neighbour.degraded = True
+            self._note("degraded", peer=neighbour.name, round=self.round, behind=0)
 
     def _lateness(self, neighbour: Neighbour, round: int) -> float:
         """How long its update of this round was waited for, or should have been; 0 if it came at once."""
@@ -613,6 +621,7 @@ class Node:
             self._exchanges.declined(peer, round)
         elif neighbour is not None and neighbour.confirmed <= round <= self.round:
             neighbour.confirmed, neighbour.confirmed_view = round, view
+            neighbour.unconfirmed = 0
 
     def _goodbye(self, peer: str, round: int, reason: str) -> None:
         neighbour = self.neighbours.get(peer)
@@ -942,6 +951,8 @@ class Node:
                     neighbour.lateness.append(self._patience([neighbour]))  # how long it really needs is not known yet
                 elif neighbour.heard < self._needed:
                     self._miss(neighbour)
+                else:
+                    self._miss_receipt(neighbour)
             update = self._take_update(neighbour)
             if update is not None and self._counts(neighbour, update) and self._may_fold(neighbour):
                 updates[neighbour.name] = update

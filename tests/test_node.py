@@ -1708,6 +1708,26 @@ def test_without_a_receipt_an_edge_does_not_count_and_its_weight_stays_at_home()
     assert ended[0].entry == RoundEnded(1, TRAINED, FOLDED, merged=("a",), missing=("b",), wait_seconds=5.0)
 
 
+def test_who_never_confirms_is_waited_for_three_times_and_then_no_more_until_it_does() -> None:
+    node, waits, now = collecting(two_way=True, patience=5.0, silence=60.0), [], 0.0
+    for round in range(1, 12):
+        for peer in "ab":
+            node.handle(got(peer, round), now)
+        began = now
+        effects = node.handle(Received("a", Receipt(round)), now)
+        if round >= 8:  # b has learnt to say it
+            effects += node.handle(Received("b", Receipt(round)), now)
+        while not [e for e in effects if isinstance(e, Compute)]:
+            assert node.deadline is not None
+            now = node.deadline
+            effects = node.handle(Tick(), now)
+        waits.append(now - began)
+        (job,) = (e for e in effects if isinstance(e, Compute))
+        assert [c.peer for c in job.contributions] == (["a"] if round < 8 else ["a", "b"] if round > 8 else ["a"])
+        node.handle(computed(round + 1), now)
+    assert waits == [5.0] * 3 + [0.0] * 8
+
+
 def test_an_update_that_comes_early_is_confirmed_once_its_round_has_begun() -> None:
     """Until then one does not know on which graph it will be folded."""
     node = collecting(two_way=True)
