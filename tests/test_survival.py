@@ -31,9 +31,11 @@ def test_survivors_of_a_kill_close_the_ring(tmp_path: Path) -> None:
     summary = up(
         "ring-8",
         tmp_path / "run",
-        "train.rounds=240",  # a busy machine stretches the suspicion: it takes seconds until they rewire
+        "train.rounds=160",  # eight seconds: a busy machine stretches the suspicion
+        *SLOW,
         "network.suspicion=1",
-        'faults=[{kind="kill", node=3, round=20}]',
+        'faults=[{kind="kill", node=3, round=10}]',
+        cwd=HERE,
     )
     assert summary["failed"] == ["node-3"] and summary["finished"] == 7
     assert set(summary["rejected"]) <= {"future"}  # new neighbours may be a round apart when they meet

@@ -46,7 +46,7 @@ for name, path in builtin_experiments().items():
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # tests of other modules may come in between
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two rounds of every file, one run after the other; in one process, for importing torch takes longest."""
     folder = tmp_path_factory.mktemp("runs")
