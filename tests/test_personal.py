@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import run as p2pfl
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -213,3 +214,9 @@ def test_personal_clinics_reach_more_than_one_model_for_all(tmp_path: Path) -> N
         reached.append((number(summary, "metrics", "accuracy", "mean"), number(summary, "metrics", "accuracy", "min")))
     (own, worst_own), (common, worst_common) = reached
     assert own > common + 0.03 and worst_own > worst_common + 0.1
+
+
+@pytest.mark.parametrize("setting", ["mix.share=hiden*", "mix.rule=nowhere:rule"])
+def test_what_no_node_could_do_is_said_once_before_any_of_them_starts(tmp_path: Path, setting: str) -> None:
+    said = p2pfl("up", "complete", "--nodes", "4", "--run-dir", tmp_path / "run", "--set", setting, expect=2).stderr
+    assert said.count("\n") == 1 and setting.partition("=")[2] in said
