@@ -141,9 +141,9 @@ def test_a_late_participant_catches_up_and_finishes_with_the_others(clinics: Pat
         for process in (*processes, late):
             process.communicate(timeout=120)
             assert process.returncode == 0
-    joined = events(tmp_path / "cedars", "cedars")
-    assert "caught_up" in [e["event"] for e in joined] and "rejected" not in [e["event"] for e in joined]
-    assert all("rejected" not in [e["event"] for e in events(tmp_path / name, name)] for name in NAMES)
+    assert "caught_up" in [e["event"] for e in events(tmp_path / "cedars", "cedars")]
+    for name in NAMES:  # of the two, one may be a round too far ahead for the third, until the other says that it is so
+        assert {e["code"] for e in events(tmp_path / name, name) if e["event"] == "rejected"} <= {"future"}
     lines = metrics(tmp_path / "cedars", "cedars")
     assert len(lines) < 200 and lines[-1]["round"] == 199 and len(lines[-1]["merged"]) == 2
     assert metrics(tmp_path / "aurora", "aurora")[-1]["merged"] == ["bethel", "cedars"]
