@@ -12,6 +12,7 @@ from dataclasses import dataclass
 CORRECTIONS = ("led", "gradient-tracking", "k-gt")
 ROBUST = ("clip", "trimmed-mean", "median", "geometric-median", "krum", "multi-krum")
 PLAIN_CODECS = ("none", "fp16", "bf16", "int8")  # of a vector as it is; the others need a replica to be added to
+BY_PAIRS = ("metropolis", "lazy", "samples", "inverse", "sqrt", "uniform-neighbours")  # of which a sender knows its own
 SUM_KEEPING = ("metropolis", "lazy", "max-degree", "best-constant", "fastest")  # rows and columns of W sum to 1
 LEAST_OUTER_GAP = 0.1  # spectral gap: below, the outer momentum grows the disagreement faster than mixing removes it
 
@@ -43,6 +44,12 @@ class Parts:
     compress: str
     schedule: str
     staleness: float
+    dp: str
+    noise: float | None
+    epsilon: float | None
+    max_epsilon: float | None
+    mixings: int
+    sums: str
 
     @property
     def robust(self) -> bool:
@@ -216,6 +223,68 @@ FACTS: tuple[Fact, ...] = (
         lambda p: p.schedule == "push-sum" and not p.push_sum,
         "mix.schedule = 'push-sum' goes with topology.weights = 'push-sum' or 'push-sum-samples', not {weights!r}: "
         "set one of these",
+    ),
+    # -- differential privacy
+    (
+        lambda p: p.dp != "none" and (p.noise is None) == (p.epsilon is None),
+        "privacy.dp = {dp!r} needs to know how much noise: set one of privacy.noise and privacy.epsilon",
+    ),
+    (
+        lambda p: p.dp == "none" and (p.noise, p.epsilon, p.max_epsilon) != (None, None, None),
+        "privacy.noise, epsilon and max_epsilon belong to privacy.dp: set it to 'example' or 'update', or remove them",
+    ),
+    (
+        lambda p: p.dp == "update" and p.correction == "gradient-tracking",
+        "mix.correction = 'gradient-tracking' sends gradients beside the parameters, which privacy.dp = 'update' does "
+        "not cover: use mix.correction = 'k-gt', or privacy.dp = 'example'",
+    ),
+    (
+        lambda p: p.mixings > 1 and p.dp != "update",
+        "privacy.mixings spreads the noise of privacy.dp = 'update', and dp is {dp!r}: set dp = 'update', "
+        "or privacy.mixings = 1",
+    ),
+    (
+        lambda p: p.mixings > 1 and (p.correction != "none" or p.momentum != "none" or p.outer != "none"),
+        "privacy.mixings = {mixings} mixes without training, which no correction, momentum or outer optimizer expects: "
+        "set mix.correction, mix.momentum and mix.outer to 'none'",
+    ),
+    (
+        lambda p: (
+            p.mixings > 1
+            and (p.varies or p.directed or p.robust or p.schedule != "sync" or p.weights not in SUM_KEEPING)
+        ),
+        "privacy.mixings = {mixings} counts on plain averaging with weights that keep the mean, on a graph that stays "
+        "as it is: use topology.weights = 'metropolis', mix.rule = 'mean' and mix.schedule = 'sync'",
+    ),
+    # -- sums of neighbours
+    (
+        lambda p: p.sums != "none" and p.robust,
+        "privacy.sums = {sums!r} hides each single vector, and mix.rule = {rule!r} must see them: "
+        "use mix.rule = 'mean', or privacy.sums = 'none'",
+    ),
+    (
+        lambda p: p.sums != "none" and p.compress != "none",
+        "privacy.sums = {sums!r} adds whole vectors, and mix.compress = {compress!r} sends other ones: "
+        "use mix.compress = 'none'",
+    ),
+    (
+        lambda p: p.sums != "none" and (p.schedule != "sync" or p.staleness > 0),
+        "privacy.sums = {sums!r} needs the vectors of one round: use mix.schedule = 'sync' and network.staleness = 0",
+    ),
+    (
+        lambda p: p.sums != "none" and (p.varies or p.directed),
+        "privacy.sums = {sums!r} needs the same neighbours in every round, both ways, and {graph} has not: "
+        "use topology.graph = 'random-regular'",
+    ),
+    (
+        lambda p: p.sums != "none" and p.weights not in BY_PAIRS,
+        "privacy.sums = {sums!r} leaves the weighing to the sender, which cannot know {weights!r}: "
+        "use topology.weights = 'metropolis'",
+    ),
+    (
+        lambda p: p.sums != "none" and (p.corrected or p.two_way),
+        "privacy.sums = {sums!r} gives a round up where a sender is lost, which mix.correction and mix.two_way do not "
+        "bear: set mix.correction = 'none', with momentum = 'quasi-global', and remove mix.two_way",
     ),
 )
 

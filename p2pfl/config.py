@@ -254,6 +254,20 @@ class MixSection(Section):
         return (self.share,) if isinstance(self.share, str) else self.share
 
 
+class PrivacySection(Section):
+    """What a node's updates may tell of its rows, and who may read one of them alone. Off, unless it is asked for."""
+
+    dp: Literal["none", "example", "update"] = "none"  # whose presence noise hides: one row's, or the whole node's
+    noise: float | None = Field(None, gt=0)  # standard deviation over the clipping norm; or else …
+    epsilon: float | None = Field(None, gt=0)  # … what all rounds together may spend, from which the noise follows
+    delta: float = Field(1e-5, gt=0, lt=1)  # below 1 / rows
+    clip: float = Field(1.0, gt=0)  # L2 norm: of one row's gradient, or of what a round did to the parameters
+    max_epsilon: float | None = Field(None, gt=0)  # budget: who has spent it trains no more, and goes on mixing
+    mixings: int = Field(1, ge=1)  # update: rounds of mixing for each one of training; noise is added once in so many
+    sums: Literal["none", "masked"] = "none"  # masked: a node learns no neighbour's update alone, only their sum
+    keep_seen: bool = False  # keep the updates that came last, for `p2pfl audit`
+
+
 class NetworkSection(Section):
     """Times in seconds. None of these changes the result, only how long one waits for whom."""
 
@@ -357,12 +371,14 @@ class Experiment(Section):
     model: ModelSection = ModelSection()
     train: TrainSection = TrainSection()
     mix: MixSection = MixSection()
+    privacy: PrivacySection = PrivacySection()
     network: NetworkSection = NetworkSection()
     faults: tuple[Fault, ...] = ()
 
     def agreement(self) -> dict[str, str]:
         """What all members must have alike, key by key: everything but data, network, faults and the device."""
-        tree = self.model_dump(mode="json", include={"seed", "topology", "model", "train", "mix"})
+        tree = self.model_dump(mode="json", include={"seed", "topology", "model", "train", "mix", "privacy"})
+        del tree["privacy"]["keep_seen"]
         for key in ("device", "checkpoint_every", "evaluate_every"):
             del tree["train"][key]
         tree["topology"]["weights"] = self.topology.weighting
@@ -392,6 +408,7 @@ class Experiment(Section):
             return self.mix.momentum
         plain_steps = self.train.optimizer == "sgd" and not self.train.momentum and self.train.local_steps != 0
         taken = self.mix.correction != "none" or self.mix.outer != "none" or self.topology.weighting in PUSH_SUM
+        taken = taken or self.privacy.mixings > 1
         return "quasi-global" if plain_steps and not taken else "none"
 
     @property
@@ -439,6 +456,12 @@ class Experiment(Section):
             compress=mix.compress,
             schedule=mix.schedule,
             staleness=float(self.network.staleness),
+            dp=self.privacy.dp,
+            noise=self.privacy.noise,
+            epsilon=self.privacy.epsilon,
+            max_epsilon=self.privacy.max_epsilon,
+            mixings=self.privacy.mixings,
+            sums=self.privacy.sums,
         )
 
     @model_validator(mode="after")

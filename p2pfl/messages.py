@@ -331,6 +331,20 @@ class Folded:
 
 
 @dataclass(frozen=True, slots=True)
+class Spent:
+    """The privacy that all that has left this node has cost so far. Both bounds hold, so the smaller one does."""
+
+    unit: Literal["example", "update"]  # whose presence is hidden: one row's, or the whole node's
+    rdp: float  # ε by Rényi's differential privacy
+    prv: float  # ε by numerical composition of the privacy loss
+    delta: float
+
+    @property
+    def epsilon(self) -> float:
+        return min(self.rdp, self.prv)
+
+
+@dataclass(frozen=True, slots=True)
 class Trained:
     """The outcome of one round of local training: the model before mixing."""
 
@@ -338,6 +352,7 @@ class Trained:
     scores: Scores
     train_seconds: float
     evaluate_seconds: float
+    spent: Spent | None = None  # where privacy is accounted for: up to and with this round
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ from p2pfl.topology.fit import check_graph, least_heard
 
 RING = ("topology.graph=ring", "topology.nodes=8")
 BYZANTINE = "mix.rule=trimmed-mean mix.tolerate=1"
+NOISED = "privacy.dp=update privacy.noise=1"
+SPREAD = f"{NOISED} privacy.mixings=5"
 
 # Settings that break a fact → the settings that the message names, which mend it. The order is that of FACTS.
 BROKEN: dict[str, str] = {
@@ -53,6 +55,18 @@ BROKEN: dict[str, str] = {
     "mix.schedule=pairwise topology.weights=lazy": "topology.weights=metropolis",
     "mix.schedule=pairwise topology.graph=exponential-directed": "mix.schedule=push-sum",
     "mix.schedule=push-sum topology.weights=metropolis": "topology.weights=push-sum",
+    "privacy.dp=example": "privacy.epsilon=3",
+    "privacy.noise=1": "privacy.dp=example",
+    f"{NOISED} mix.correction=gradient-tracking train.local_steps=1": "mix.correction=k-gt",
+    "privacy.mixings=5": "privacy.mixings=1",
+    f"{SPREAD} mix.momentum=quasi-global": "mix.correction=none mix.momentum=none mix.outer=none",
+    f"{SPREAD} topology.weights=samples": "topology.weights=metropolis mix.rule=mean mix.schedule=sync",
+    "privacy.sums=masked mix.rule=median": "mix.rule=mean",
+    "privacy.sums=masked mix.compress=int8": "mix.compress=none",
+    "privacy.sums=masked network.staleness=1": "mix.schedule=sync network.staleness=0",
+    "privacy.sums=masked topology.graph=random-matching": "topology.graph=random-regular",
+    "privacy.sums=masked topology.weights=fastest": "topology.weights=metropolis",
+    "privacy.sums=masked mix.two_way=true": "mix.correction=none mix.momentum=quasi-global mix.two_way=false",
 }
 # What a message says in other words than those of a setting: to remove a key is to set it to what holds without it.
 IN_WORDS: dict[str, tuple[str, ...]] = {
@@ -61,11 +75,16 @@ IN_WORDS: dict[str, tuple[str, ...]] = {
     "mix.correction=led": ("set mix.correction",),
     "mix.tolerate=0": ("needs the weighted mean",),
     "mix.tolerate=1": ("mix.tolerate",),
+    "mix.momentum=none": ("set mix.correction, mix.momentum and mix.outer to 'none'",),
+    "mix.outer=none": ("set mix.correction, mix.momentum and mix.outer to 'none'",),
+    "mix.two_way=false": ("remove mix.two_way",),
+    "privacy.dp=example": ("set it to 'example' or 'update'",),
+    "privacy.epsilon=3": ("set one of privacy.noise and privacy.epsilon",),
     "topology.graph=ring": ("use a graph that stays as it is",),
     "topology.graph=one-peer-hypercube": ("mix.correction = 'k-gt'",),
     "topology.weights=metropolis": ("remove topology.weights",),
     "mix.momentum=quasi-global": ("momentum = 'quasi-global'",),
-    "mix.correction=none": ("use one of them", "set both to 'none'"),
+    "mix.correction=none": ("use one of them", "set both to 'none'", "and mix.outer to 'none'"),
 }
 
 
