@@ -20,22 +20,25 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeVar
 
 from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from p2pfl.identity import Card, Identity
-from p2pfl.messages import MAX_EPOCH, MAX_ROUND, BadMessage, MemberRecord, Offer
+from p2pfl.messages import MAX_EPOCH, MAX_ROUND, BadMessage, Gathering, MaskKey, MemberRecord, Offer
 from p2pfl.wire import CHUNK, TAG, check_fields, pack, statement, unpack
 
 SIGNING_CONTEXT: Final = b"p2pfl manifest 1"
 RECORD_CONTEXT: Final = b"p2pfl member 1"
+MASK_KEY_CONTEXT: Final = b"p2pfl mask key 1"
+GATHERING_CONTEXT: Final = b"p2pfl gathering 1"
 KEY_CONTEXT: Final = "p2pfl 2026 envelope key commitment"  # BLAKE3 key derivation wants a unique sentence
 KEY_BYTES: Final = 32
 NOTHING: Final[Mapping[str, int]] = MappingProxyType({})
 WHOLE: Final = "float32"  # the codec of a vector that stands for itself; the others are named in the experiment
+MASKED: Final = "masked"  # the codec of a part of a sum: whole numbers that mean something only in that sum
 NO_BASE: Final = -1  # it continues nothing, or the first parameters, which all members know
 
 
@@ -49,7 +52,9 @@ class Manifest:
     round: int
     schema: bytes  # digest of names, dtypes and shapes
     codec: str
-    base: int  # the round of the update that this one continues: it says by how much that one has changed
+    # The round of the update that this one continues: it says by how much that one has changed. Of a part of a sum: the
+    # number of the gathering for which it was made.
+    base: int
     size: int  # bytes of the opened vector, as the codec writes it
     mass: float  # the signer's weight in the mean
     reach: float  # sum of the masses in the signer's closed neighbourhood in this round
@@ -180,7 +185,7 @@ class Sealer:
     ) -> Sealed:
         """Seal and sign `vector` (float32 as `size` bytes, or as the codec writes it) as the update of this round."""
         vector = vector.cast("B")
-        size = self._size if codec == WHOLE else self._packed
+        size = self._size if codec in (WHOLE, MASKED) else self._packed
         if len(vector) != size:
             raise ValueError(f"a vector of {len(vector)} bytes where {size} are expected of {codec}")
         key = secrets.token_bytes(KEY_BYTES)
@@ -216,14 +221,18 @@ class Sealer:
 # -- What a member says of itself ------------------------------------------------------------------------------------
 
 
-def sign_record(record: MemberRecord, identity: Identity, federation: bytes) -> MemberRecord:
-    """The own record, signed for this federation."""
-    return replace(record, signature=identity.sign(RECORD_CONTEXT, federation + statement(record)))
+Said = TypeVar("Said", MemberRecord, MaskKey, Gathering)
+_CONTEXTS: Final = {MemberRecord: RECORD_CONTEXT, MaskKey: MASK_KEY_CONTEXT, Gathering: GATHERING_CONTEXT}
 
 
-def record_holds(record: MemberRecord, card: Card, federation: bytes) -> bool:
+def sign_statement(said: Said, identity: Identity, federation: bytes) -> Said:
+    """What this member says of itself, signed for this federation."""
+    return replace(said, signature=identity.sign(_CONTEXTS[type(said)], federation + statement(said)))
+
+
+def statement_holds(said: Said, card: Card, federation: bytes) -> bool:
     """Whether the owner of `card` said this, in this federation."""
-    return card.verify(RECORD_CONTEXT, federation + statement(record), record.signature)
+    return card.verify(_CONTEXTS[type(said)], federation + statement(said), said.signature)
 
 
 # -- Open ------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,18 @@ from typing import TypeAlias, get_args
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from p2pfl.envelope import WHOLE, Buffers, Opening, Sealed, record_holds, sign_record, signed_manifest, verify
+from p2pfl.envelope import (
+    MASKED,
+    WHOLE,
+    Buffers,
+    Manifest,
+    Opening,
+    Sealed,
+    sign_statement,
+    signed_manifest,
+    statement_holds,
+    verify,
+)
 from p2pfl.identity import Identity, Member, Roster, fingerprint_of
 from p2pfl.messages import (
     PROTOCOL_VERSION,
@@ -44,6 +55,7 @@ from p2pfl.messages import (
     Chunk,
     Describe,
     Event,
+    Gathering,
     Goodbye,
     Gossip,
     Grant,
@@ -51,6 +63,7 @@ from p2pfl.messages import (
     Hello,
     LinkDown,
     LinkUp,
+    MaskKey,
     MemberRecord,
     Message,
     Offer,
@@ -201,10 +214,12 @@ class _Peer:
     partial_until: float = 0.0
     owed: Grant | Resume | Refused | None = None  # what it waits for, until it could be handed over
     answered: Grant | Resume | Refused | None = None  # what it was told last of an update of its
-    early: deque[Heartbeat | Goodbye | Gossip] = field(default_factory=lambda: deque(maxlen=EARLY))  # see EARLY
+    early: deque[Heartbeat | Goodbye | Gossip | MaskKey | Gathering] = field(
+        default_factory=lambda: deque(maxlen=EARLY)
+    )  # see EARLY
     dropped: int = -1  # round of the update that was refused last: chunks of it may still be under way
     seen: int = -1  # newest round whose update came whole
-    manifests: OrderedDict[tuple[int, str], Offer] = field(default_factory=OrderedDict)  # by round and codec
+    manifests: OrderedDict[tuple[int, str], Offer] = field(default_factory=OrderedDict)  # by `_which`
 
     @property
     def name(self) -> str:
@@ -293,6 +308,7 @@ class Link:
         self._connections: dict[tuple[_Socket, int], _Connection] = {}  # by our socket and its file descriptor
         self._spoken: dict[bytes, _Connection] = {}  # those on the ROUTER that have sent something, by routing id
         self._genuine_records: dict[str, MemberRecord] = {}  # the last one of each member whose signature held
+        self._genuine_keys: dict[str, MaskKey] = {}  # the same of their mask keys
         self._barred: dict[str, float] = {}  # members and addresses → until when they are kept out
         self._events: list[Event] = []
         self._notices: list[_Notice] = []
@@ -372,6 +388,8 @@ class Link:
         """Send to each of these peers what can be sent now; an update goes out as its credit allows."""
         if isinstance(message, Gossip):
             message = self._signed(message)
+        elif isinstance(message, Gathering):
+            message = sign_statement(message, self.identity, self._greeting.experiment)
         frames = None if isinstance(message, Update) else encode(message)
         for name in names:
             peer = self._peers.get(name)
@@ -388,7 +406,7 @@ class Link:
     def _signed(self, gossip: Gossip) -> Gossip:
         """With the own record signed, as it is when it leaves."""
         records = [
-            sign_record(record, self.identity, self._greeting.experiment)
+            sign_statement(record, self.identity, self._greeting.experiment)
             if record.name == self.identity.name
             else record
             for record in gossip.records
@@ -940,12 +958,14 @@ class Link:
             message = self._genuine(peer.name, message)
         elif isinstance(message, Accusation):
             self._check_evidence(peer.name, message)
+        elif isinstance(message, (MaskKey, Gathering)):
+            self._check_statement(member, message)
         if peer.path is None:  # the other connection of the pair is not there yet, or no longer
-            if isinstance(message, (Heartbeat, Goodbye, Gossip)):
+            if isinstance(message, (Heartbeat, Goodbye, Gossip, MaskKey, Gathering)):
                 peer.early.append(message)
             return  # what was under way on a pair that broke is lost with it
         match message:
-            case Heartbeat() | Goodbye() | Receipt() | Gossip() | Accusation():
+            case Heartbeat() | Goodbye() | Receipt() | Gossip() | Accusation() | MaskKey() | Gathering():
                 self._events.append(Received(peer.name, message))
             case Grant(round, chunks):
                 if peer.sending is not None and peer.sending.sealed.round == round:
@@ -978,7 +998,7 @@ class Link:
                 )
                 continue
             if self._genuine_records.get(record.name) != record:
-                if not record_holds(record, member.card, self._greeting.experiment):
+                if not statement_holds(record, member.card, self._greeting.experiment):
                     raise BadMessage(
                         "bad_record", f"what it passes on of {record.name} was not signed by {record.name}"
                     )
@@ -987,6 +1007,20 @@ class Link:
                 self.successor = record.epoch
             known.append(record)
         return Gossip(tuple(known), tuple(hint for hint in gossip.hints if self._roster.by_name(hint.name) is not None))
+
+    def _check_statement(self, member: Member, said: MaskKey | Gathering) -> None:
+        """BadMessage unless each mask key is of its member, and the rest of whoever says it."""
+        federation = self._greeting.experiment
+        if isinstance(said, Gathering) and not statement_holds(said, member.card, federation):
+            raise BadMessage("bad_signature", f"{member.name} did not sign what it asks for")
+        for key in said.keys if isinstance(said, Gathering) else (said,):
+            owner = self._roster.by_name(key.name)
+            if owner is None:
+                raise BadMessage("unknown_member", f"it speaks of {key.name}, who is not in the roster")
+            if self._genuine_keys.get(key.name) != key:
+                if not statement_holds(key, owner.card, federation):
+                    raise BadMessage("bad_record", f"the mask key of {key.name} was not signed by {key.name}")
+                self._genuine_keys[key.name] = key
 
     def _check_evidence(self, by: str, accusation: Accusation) -> None:
         """BadMessage unless the accused is a member and signed what is shown; of equivocation, what contradicts.
@@ -1001,14 +1035,14 @@ class Link:
             signed = [signed_manifest(*pair, member.card, self._greeting.experiment) for pair in shown]
         except BadMessage as error:  # a mistake of whoever shows it
             raise BadMessage("bad_evidence", f"against {accusation.name}: {error.why}") from None
-        one_update = len({(manifest.epoch, manifest.round, manifest.codec) for manifest in signed}) == 1
+        one_update = len({(manifest.epoch, _which(manifest)) for manifest in signed}) == 1
         if accusation.code == "equivocation" and not (one_update and shown[0][0] != shown[1][0]):
             raise BadMessage("bad_evidence", f"against {accusation.name}: no two different updates of one round")
         accused = self._peers.get(accusation.name)
         if accused is None:
             return
         for manifest, pair in zip(signed, shown, strict=True):
-            ours = accused.manifests.get((manifest.round, manifest.codec))
+            ours = accused.manifests.get(_which(manifest))
             if ours is not None and manifest.epoch == accused.epoch and ours.manifest != pair[0]:
                 why = f"for round {manifest.round} it signed one update for us, another for {by}"
                 self._reject(accused.name, BadMessage("equivocation", why), (ours.manifest, ours.signature, *pair))
@@ -1020,7 +1054,7 @@ class Link:
         greeting = self._greeting
         about = greeting.experiment, greeting.schema, greeting.size, greeting.packed
         manifest = verify(offer, peer.member.card, *about)
-        before = peer.manifests.get((manifest.round, manifest.codec))
+        before = peer.manifests.get(_which(manifest))
         try:
             if manifest.epoch != peer.epoch:
                 raise BadMessage("stale", f"an update of epoch {manifest.epoch}; this is epoch {peer.epoch}")
@@ -1034,7 +1068,7 @@ class Link:
                 code = "stale" if before is None else "duplicate"
                 raise BadMessage(code, f"the update of round {manifest.round}, after that of round {peer.seen} came")
             self._check_offer(peer.name, manifest.round)
-            if manifest.codec != WHOLE and not self._has_base(peer.name, manifest.base):
+            if manifest.codec not in (WHOLE, MASKED) and not self._has_base(peer.name, manifest.base):
                 self._drop_incoming(peer, manifest.round, GAP)
                 why = f"round {manifest.round} continues round {manifest.base}, which is not here"
                 self._events.append(Rejected(peer.name, GAP, why, round=manifest.round))
@@ -1042,7 +1076,7 @@ class Link:
         except BadMessage as error:
             self._drop_incoming(peer, manifest.round, error.code)
             raise
-        peer.manifests[manifest.round, manifest.codec] = offer
+        peer.manifests[_which(manifest)] = offer
         while len(peer.manifests) > REMEMBERED_MANIFESTS:
             peer.manifests.popitem(last=False)
         partial, peer.partial = peer.partial, None
@@ -1076,7 +1110,7 @@ class Link:
         peer.incoming = None
         peer.seen = manifest.round
         self._owe(peer, Grant(manifest.round, opening.chunks + 1))
-        offer = peer.manifests[manifest.round, manifest.codec]
+        offer = peer.manifests[_which(manifest)]
         evidence = (offer.manifest, offer.signature)
         self._events.append(Received(peer.name, Update(manifest.round, manifest.mass, manifest.reach, lease, evidence)))
 
@@ -1205,6 +1239,11 @@ def _remote_address(descriptor: int) -> str | None:
         return None
     with duplicate:
         return _address_of(duplicate)
+
+
+def _which(manifest: Manifest) -> tuple[int, str]:
+    """Which update it is: of each there is one. A member makes one in a round, and one for each sum it gives to."""
+    return manifest.round, f"{MASKED} {manifest.base}" if manifest.codec == MASKED else manifest.codec
 
 
 def _bytes_received(descriptor: int, address: str) -> int | None:

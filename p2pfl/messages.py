@@ -236,6 +236,40 @@ class Accusation:
 
 
 @dataclass(frozen=True, slots=True)
+class MaskKey:
+    """The key of this process of a member, for the masks that it shares with each other sender of a sum (see `masks`).
+
+    Signed by the member and passed on by the receiver of the sum, which can therefore put nobody in between.
+    """
+
+    name: str
+    epoch: int  # how often the member has started
+    key: bytes  # X25519, public
+    signature: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Gathering:
+    """Give me the sum of these members' vectors of this round, each as my weights have it, and no vector alone.
+
+    It says as well that I have begun with that round. Without keys it asks for nothing. The masks hold for this very
+    message: senders that were shown different ones give together nothing but noise.
+    """
+
+    round: int
+    mass: float  # m_i of the receiver, and …
+    reach: float  # … the sum of the masses in its closed neighbourhood, from which the senders derive the weights
+    gives: bool  # whether I can be asked in this round: not before I have come to know where the others are
+    keys: tuple[MaskKey, ...]  # of all the senders, sorted by name
+    signature: bytes = b""  # of the receiver
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The senders, sorted."""
+        return tuple(key.name for key in self.keys)
+
+
+@dataclass(frozen=True, slots=True)
 class Offer:
     """The head of an update: its signed manifest and the key that opens it. The chunks follow."""
 
@@ -267,9 +301,22 @@ class Update:
 
 
 WireMessage = (
-    Hello | Describe | Heartbeat | Grant | Resume | Refused | Goodbye | Receipt | Gossip | Accusation | Offer | Chunk
+    Hello
+    | Describe
+    | Heartbeat
+    | Grant
+    | Resume
+    | Refused
+    | Goodbye
+    | Receipt
+    | Gossip
+    | Accusation
+    | MaskKey
+    | Gathering
+    | Offer
+    | Chunk
 )
-Message = Heartbeat | Goodbye | Receipt | Gossip | Accusation | Update
+Message = Heartbeat | Goodbye | Receipt | Gossip | Accusation | MaskKey | Gathering | Update
 
 
 # -- What happens to a node ------------------------------------------------------------------------------------------
@@ -366,6 +413,26 @@ class Computed:
 
 
 @dataclass(frozen=True, slots=True)
+class Conceal:
+    """Multiply the own vector of this round by `weight`, mask it for this gathering of `peer`, and seal the outcome."""
+
+    peer: str
+    round: int
+    weight: float
+    gathering: Gathering
+    mass: float  # goes into the signed manifest
+    reach: float  # goes into the signed manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Concealed:
+    """`Conceal` is done."""
+
+    job: Conceal
+    update: object  # sealed, opaque to the node
+
+
+@dataclass(frozen=True, slots=True)
 class Leave:
     """The user asked to stop, or the own training failed: say goodbye and end."""
 
@@ -377,7 +444,7 @@ class Tick:
     """The deadline that the node asked for has come."""
 
 
-Event = LinkUp | LinkDown | Received | Rejected | Computed | Leave | Tick
+Event = LinkUp | LinkDown | Received | Rejected | Computed | Concealed | Leave | Tick
 
 
 # -- What a node decides ---------------------------------------------------------------------------------------------
@@ -405,7 +472,9 @@ class Contribution:
     # What is taken off the vector first: the own one that was sent in this round, or (LAST) the one that came last from
     # this peer; None: nothing.
     reference: int | None = None
-    gain: float = 1.0  # of a running sum: the mass by which it has grown; what it grew by, over that, is a model
+    # By what the model was multiplied: in a running sum the mass by which that has grown, in a sum of neighbours the
+    # weight that its sender gave it.
+    gain: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -484,7 +553,7 @@ class Done:
     finished: bool
 
 
-Effect = Send | Compute | Connect | Disconnect | Save | Record | Done
+Effect = Send | Compute | Conceal | Connect | Disconnect | Save | Record | Done
 
 
 # -- What a node says of itself when it is asked ---------------------------------------------------------------------

@@ -21,7 +21,9 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from p2pfl.asynchronous import ASKS_NOBODY, LEAST_SHARE, Answer, Exchanges, RunningSums, merge_by_age
+from p2pfl.composition import LEAST_SENDERS
 from p2pfl.conduct import Conduct
+from p2pfl.gathering import Gatherings
 from p2pfl.membership import OTHERS, Change, Membership, Standing
 from p2pfl.messages import (
     OFFENCES,
@@ -30,12 +32,15 @@ from p2pfl.messages import (
     BadMessage,
     Compute,
     Computed,
+    Conceal,
+    Concealed,
     Connect,
     Contribution,
     Disconnect,
     Done,
     Effect,
     Event,
+    Gathering,
     Goodbye,
     Gossip,
     Happened,
@@ -44,6 +49,7 @@ from p2pfl.messages import (
     Leave,
     LinkDown,
     LinkUp,
+    MaskKey,
     MemberRecord,
     Message,
     NeighbourStatus,
@@ -121,6 +127,7 @@ class Settings:
     staleness: float = 0  # rounds that a neighbour may be behind without being waited for; inf: nobody is waited for
     schedule: str = "sync"  # of the others, "pairwise", "gossip" and "push-sum", none has rounds in common
     partners: Partners | None = None  # (round, linked) → who gets its update
+    mask_key: MaskKey | None = None  # of this process, where nodes learn only sums of their neighbours' vectors
     join_timeout: float = 60.0
     heartbeat: float = 1.0
     silence: float = 6.0
@@ -156,6 +163,7 @@ class Neighbour:
     unconfirmed: int = 0  # rounds in a row that its receipt was waited for in vain
     behind: int = 0  # how many rounds it was behind at the last of them
     in_step: int = 0  # updates in a row that came in time
+    gives: bool = True  # whether it can be asked for its part of a sum
     degraded: bool = False  # too slow to be waited for; what comes of it still counts, less the later it is
     lateness: deque[float] = field(default_factory=lambda: deque(maxlen=OBSERVED_ROUNDS))
 
@@ -242,6 +250,7 @@ class Node:
         # The newest two: a neighbour may still need the one before, if it was lost when we already went on.
         self._own_updates: list[OwnUpdate] = []
         self._exchanges = Exchanges() if settings.schedule == "pairwise" else None
+        self._gatherings = None if settings.mask_key is None else Gatherings(settings.mask_key)
         self._trained: Trained | None = None
         self._took_part = settings.first_round > 0  # its vector holds something of others'
         self._folds_late = settings.drift <= 1 and not (settings.two_way or self._push_sum)
@@ -364,6 +373,11 @@ class Node:
             raise BadMessage("busy", f"{len(neighbour.updates)} updates of {peer} wait to be folded")
         neighbour.offered = max(neighbour.offered, round)
 
+    @property
+    def gathering(self) -> Gathering | None:
+        """The sum that this node asked for last; None where vectors come alone."""
+        return None if self._gatherings is None else self._gatherings.asked
+
     def awaited(self) -> tuple[str, ...]:
         """Whom this node waits for at the moment."""
         return tuple(n.name for n in self._awaited())
@@ -405,12 +419,16 @@ class Node:
                         self._receipt(peer, round, view)
                     case Accusation():
                         self._accused(peer, message)
+                    case MaskKey() | Gathering():
+                        self._about_sums(peer, message)
                     case Goodbye(round, reason):
                         self._goodbye(peer, round, reason)
             case Rejected():
                 self._rejected(event)
             case Computed():
                 self._computed(event)
+            case Concealed(job, sealed):
+                self._concealed(job, sealed)
             case Leave(at_once):
                 self._leave(at_once)
             case Tick():
@@ -464,8 +482,11 @@ class Node:
             neighbour.updates.clear()
             if self._sums is not None:
                 self._sums.forget(event.peer)
+            neighbour.gives = True
             if self._exchanges is not None:
                 self._exchanges.forget(event.peer)
+            if self._gatherings is not None:
+                self._gatherings.forget(event.peer)
         neighbour.linked, neighbour.alive, neighbour.sought_since = True, True, None
         neighbour.epoch, neighbour.mass, neighbour.last_sign = event.epoch, event.mass, self._now
         if neighbour.ahead_since is not None:  # it may have to send again what it had begun with
@@ -476,7 +497,9 @@ class Node:
             self._changed(self.membership.sign_of_life(event.peer))
             self._send((event.peer,), Heartbeat(self.round, self._view))
             self._tell_all((event.peer,))
-        if self._sums is None or same_process or not back:  # or else the process before it has taken some of the sum
+        if self._gatherings is not None:
+            self._ask_again(self._gatherings, event)
+        elif self._sums is None or same_process or not back:  # or else the process before it has taken some of the sum
             self._send_again(event, 2 if same_process else 1)
 
     def _send_again(self, event: LinkUp, newest: int) -> None:
@@ -694,6 +717,8 @@ class Node:
         self._collected_since.pop(event.round - OBSERVED_ROUNDS, None)
         self._next_waiting_line = self._now + WAITING_LINE
         self._send(tuple(name for name in listeners if own.is_for(name)), own.update)
+        if self._gatherings is not None:
+            self._give(self._gatherings)
         if self._leaving:
             self._finish(False)
 
@@ -787,7 +812,7 @@ class Node:
     def _awaited(self) -> list[Neighbour]:
         match self.phase:
             case Phase.JOINING:
-                return [n for n in self.neighbours.values() if not n.linked or (self._lacks_state and not n.updates)]
+                return [n for n in self.neighbours.values() if not self._is_met(n) or self._may_give_its_state(n)]
             case Phase.COLLECTING:
                 awaited = [n for n in self.neighbours.values() if self._is_awaited(n)]
                 company = any(
@@ -797,6 +822,13 @@ class Node:
                 return [n for n in awaited if not n.degraded] if company else awaited  # or one would run on alone
             case _:
                 return []
+
+    def _is_met(self, neighbour: Neighbour) -> bool:
+        """Whether it is there, and has said all that one needs to begin."""
+        return neighbour.linked and (self._gatherings is None or neighbour.name in self._gatherings.keys)
+
+    def _may_give_its_state(self, neighbour: Neighbour) -> bool:
+        return self._lacks_state and self._gatherings is None and not neighbour.updates
 
     def _part(self, round: int) -> Neighbourhood:
         """Whom this node hears and tells in a round."""
@@ -812,6 +844,8 @@ class Node:
         """Whether something is missing that may still come: an update, or the word that it can go on."""
         if not neighbour.alive:
             return False
+        if self._gatherings is not None:
+            return self._is_awaited_for_a_sum(neighbour, self._gatherings)
         if self._only_hears_us(neighbour.name):  # or we would run away from it, and it has no room for what we send
             return neighbour.gone_after is None and neighbour.round < self._needed
         if neighbour.name not in self._here.hears or not self._tells_us(neighbour):
@@ -825,6 +859,27 @@ class Node:
             return neighbour.gone_after > self._needed
         # Or else what it sends next is too new for us; the horizon is never nearer than this.
         return neighbour.round <= self.round + self._ahead or neighbour.round <= self._horizon()
+
+    def _is_awaited_for_a_sum(self, neighbour: Neighbour, gatherings: Gatherings) -> bool:
+        """Whether its part of our sum may still come, or it will ask for ours: it is one round behind."""
+        if neighbour.name in gatherings.asked.names and not self._lost(gatherings):
+            return neighbour.heard < self.round
+        here = neighbour.name in self._here.hears and self._tells_us(neighbour)
+        return here and neighbour.gone_after is None and neighbour.round == self.round - 1
+
+    def _lost(self, gatherings: Gatherings) -> tuple[str, ...]:
+        """Those whose part of our sum will not come: without it, what comes of the others is worth nothing."""
+        lost = []
+        for key in gatherings.asked.keys:
+            neighbour = self.neighbours[key.name]
+            if neighbour.heard >= self.round:
+                here = self.round in neighbour.updates  # or it came, and was refused
+            else:
+                left = neighbour.gone_after is not None and neighbour.gone_after <= self.round
+                here = neighbour.alive and not left and self._now < self._passed_us_by(neighbour)
+            if not here or neighbour.epoch != key.epoch:
+                lost.append(key.name)
+        return tuple(lost)
 
     def _passed_us_by(self, neighbour: Neighbour) -> float:
         """When it is clear that what we wait for will not come: it went on long ago, and did not even begin to send."""
@@ -872,8 +927,8 @@ class Node:
             self._seek_state()
         elif self.phase is Phase.JOINING:
             expected = len(self.settings.neighbours) + self.settings.unnamed
-            linked = sum(n.linked for n in self.neighbours.values())
-            named = all(self.neighbours[name].linked for name in self.settings.neighbours)
+            linked = sum(self._is_met(n) for n in self.neighbours.values())
+            named = all(self._is_met(self.neighbours[name]) for name in self.settings.neighbours)
             ahead = max(1, self.settings.drift)  # so far a neighbour comes that waits for nothing of ours
             under_way = any(n.linked and n.round >= self.round + ahead for n in self.neighbours.values())
             if (named and linked >= expected) or under_way or self._now >= self._waits_until():
@@ -911,6 +966,8 @@ class Node:
     def _catch_up_target(self) -> int:
         """The round to jump to; the own one if most others are not far ahead. Whoever lacks a state is at round -1."""
         own, ahead = (-1, 0) if self._lacks_state else (self.round, self._ahead)
+        if self._gatherings is not None:  # nobody's vector comes alone: what most say must do
+            return catch_up_round(own, [n.round for n in self.neighbours.values() if n.linked], ahead)
         # Without a state, it matters who is heard first: so those who have no link yet count as well.
         alive = [n for n in self.neighbours.values() if n.alive or (self._lacks_state and n.epoch == 0)]
         if self.settings.drift <= 1:
@@ -944,6 +1001,9 @@ class Node:
         if self._sums is not None:
             self._fold_sums(self._sums)
             return
+        if self._gatherings is not None:
+            self._fold_gathered(self._gatherings)
+            return
         part, updates = self._part(self.round), dict[str, Update]()
         for neighbour in self.neighbours.values():
             if self._is_awaited(neighbour):
@@ -975,6 +1035,32 @@ class Node:
         self._mass += 1.0 if self._ages else 0.0  # it learns for another round
         self._compute(self.round + 1, contributions)
 
+    def _fold_gathered(self, gatherings: Gatherings) -> None:
+        """End the round with the sum that was asked for, if it is whole, or with nothing."""
+        for neighbour in self._awaited():
+            self._miss(neighbour)
+        asked, expected = gatherings.asked, self._part(self.round).hears
+        updates = {name: self.neighbours[name].updates.pop(self.round, None) for name in asked.names}
+        came = {name: update for name, update in updates.items() if update is not None}
+        for neighbour in self.neighbours.values():
+            neighbour.updates.clear()
+        if not asked.names:
+            self._note("too_few", round=self.round, came=0, needed=LEAST_SENDERS)
+        elif len(came) < len(asked.names) or not all(self._counts(self.neighbours[n], u) for n, u in came.items()):
+            self._note("no_sum", round=self.round, missing=tuple(name for name in asked.names if name not in came))
+            came = {}
+        own, heard = Stake(asked.mass, asked.reach), {name: Stake(u.mass, u.reach) for name, u in came.items()}
+        gains = weights_of(self.settings.weights, own, heard, {})
+        back = bool(came) and not gatherings.gives  # then their mean takes the place of what is older
+        scale = (1 - gatherings.stale_share) / math.fsum(gains.values()) if back else 1.0
+        if back:
+            gatherings.is_back()
+        self._end_round(tuple(came), tuple(name for name in self.neighbours if name in expected and name not in came))
+        contributions = tuple(
+            Contribution(name, u.round, scale * gains[name], u.vector, gain=gains[name]) for name, u in came.items()
+        )
+        self._compute(self.round + 1, contributions, jump=back)
+
     def _counts(self, neighbour: Neighbour, update: Update) -> bool:
         """Whether both ends of the edge give it the same weight."""
         if self._push_sum or self._ages:
@@ -995,6 +1081,14 @@ class Node:
 
         That counts less the older it is; and not at all before it was ever averaged with one of theirs.
         """
+        self._note("caught_up", behind=self.round, round=target)
+        if self._gatherings is not None:
+            self._gatherings.is_behind(staleness_weight(target - self.round) if self._took_part else 0.0)
+            self._waited_from, self._lacks_state, self._trained = target, False, None
+            for neighbour in self.neighbours.values():
+                neighbour.updates.clear()
+            self._compute(target, (), jump=True)
+            return
         newest = [(n.name, n.updates[max(n.updates)]) for n in self.neighbours.values() if n.updates]
         newest = [(name, update) for name, update in newest if update.round >= target]
         own = staleness_weight(target - self.round) if self._took_part else 0.0
@@ -1004,7 +1098,6 @@ class Node:
         )
         for neighbour in self.neighbours.values():
             neighbour.updates.clear()
-        self._note("caught_up", behind=self.round, round=target)
         self._waited_from, self._lacks_state = target, False
         self._trained = None  # the round that is skipped has no record
         self._compute(target, contributions, jump=True, kept=own * share if summed else None)
@@ -1026,7 +1119,9 @@ class Node:
         train, restart, portion = round < self.settings.rounds, self._view != before, 0.0
         held = self._mass if self._sums is None else self._sums.mass
         step = 1.0 if self._ages else min(self.settings.mass / held, MAX_STEP)
-        if self.settings.partners is not None:
+        if self._gatherings is not None:
+            self._told = ()  # nobody gets the vector itself
+        elif self.settings.partners is not None:
             self._choose_partner(self.settings.partners, round, part)
         elif self._sums is not None:
             here = [n for n in self.neighbours.values() if n.name in part.tells and n.alive and n.gone_after is None]
@@ -1044,6 +1139,8 @@ class Node:
             neighbour.ahead_since = self._now if neighbour.round > round else None
         self.phase = Phase.COMPUTING
         self._computing_since = self._now
+        if self._gatherings is not None and train:
+            self._ask(self._gatherings)
         self._send(
             tuple(n for n in self._listeners() if n in part.hears and n not in part.tells), Heartbeat(round, self._view)
         )
@@ -1067,6 +1164,67 @@ class Node:
             self._told = partners(round, tuple(name for name in linked if not exchanges.awaits(name)))
         for name in self._told:
             self._reach = exchanges.ask(round, name, self.neighbours[name].heard)
+
+    # -- Sums of neighbours ------------------------------------------------------------------------------------------
+
+    def _about_sums(self, peer: str, message: MaskKey | Gathering) -> None:
+        neighbour, gatherings = self.neighbours.get(peer), self._gatherings
+        if neighbour is None or not neighbour.linked or gatherings is None:
+            return
+        try:
+            if isinstance(message, MaskKey):
+                gatherings.introduced(peer, message, neighbour.epoch)
+                return
+            gatherings.came(peer, message)
+        except BadMessage as error:
+            self._rejected(Rejected(peer, error.code, error.why))
+            return
+        self._claim(peer, message.round)
+        neighbour.gives = message.gives
+        if message.gives:
+            self._count_if_in_step(neighbour, message.round)
+        if self.phase is Phase.COLLECTING:
+            self._give(gatherings)
+
+    def _ask(self, gatherings: Gatherings) -> None:
+        """Begin the round with asking all neighbours for their sum that are in step and can give their part."""
+        names = [
+            n.name
+            for n in self.neighbours.values()
+            if n.name in self._here.hears
+            and n.name in self._counted
+            and (n.linked and n.alive and n.gives and not n.degraded and n.gone_after is None)
+            and n.round >= self.round - 1
+            and self._tells_us(n)
+            and self._is_met(n)
+        ]
+        self._send(self._listeners(), gatherings.ask(self.round, self._mass, self._reach, names))
+
+    def _ask_again(self, gatherings: Gatherings, event: LinkUp) -> None:
+        """What the peer needs to know, and what a broken link may have lost."""
+        peer = (event.peer,)
+        self._send(peer, gatherings.own)
+        if self.phase in (Phase.COMPUTING, Phase.COLLECTING):
+            self._send(peer, gatherings.asked)
+        given = gatherings.newest(event.peer)
+        if given is not None and event.seen < given.round:
+            self._send(peer, given)
+
+    def _give(self, gatherings: Gatherings) -> None:
+        """Make this round's part of their sums for all who have asked for it."""
+        if not gatherings.gives:
+            return
+        own = Stake(self._mass, self._reach)
+        for peer, asked in gatherings.due(self.round):
+            if peer in self._here.tells:
+                weight = weights_of(self.settings.weights, Stake(asked.mass, asked.reach), {peer: own}, {})[peer]
+                self._effects.append(Conceal(peer, self.round, weight, asked, self._mass, self._reach))
+
+    def _concealed(self, job: Conceal, sealed: object) -> None:
+        if self._gatherings is not None:
+            update = Update(job.round, job.mass, job.reach, sealed)
+            self._gatherings.sent(job.peer, update)
+            self._send((job.peer,), update)
 
     # -- Who lives ---------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The run folder: where a run writes down what happened, the same from every driver.
 
-    RUN/experiment.toml · topology.json · summary.json · report.html
-    RUN/nodes/NAME/metrics.jsonl · events.jsonl · checkpoint/ · model.safetensors
+    RUN/experiment.toml · topology.json · summary.json · audit.json · report.html
+    RUN/nodes/NAME/metrics.jsonl · events.jsonl · checkpoint/ · model.safetensors · seen.safetensors
 
 Decides the form of a line and of the summary. Promises never to interpret a tensor, a clock or a socket, and never to
 fail on a line that a killed process left half written.
@@ -141,6 +141,10 @@ class Run:
         return self.path / "summary.json"
 
     @property
+    def audit(self) -> Path:
+        return self.path / "audit.json"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
@@ -228,6 +232,7 @@ class NodeRecords:
         self.events = folder / "events.jsonl"
         self.checkpoint = folder / "checkpoint"
         self.model = folder / "model.safetensors"
+        self.seen = folder / "seen.safetensors"  # what came of the neighbours last, where privacy.keep_seen asks for it
         self.control = folder / "control"  # names the socket of the running node
         self.damaged = 0  # lines that the reads so far have skipped
         self._open: dict[Path, FileIO] = {}

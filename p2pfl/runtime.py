@@ -17,12 +17,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
@@ -32,23 +34,29 @@ from p2pfl.checkpoint import Checkpoint
 from p2pfl.config import BY_ROWS, Experiment
 from p2pfl.control import Control, forget
 from p2pfl.data import Part
-from p2pfl.envelope import NO_BASE, WHOLE, Lease, Sealed, Sealer
+from p2pfl.envelope import MASKED, NO_BASE, WHOLE, Lease, Sealed, Sealer
 from p2pfl.identity import Identity, Roster
 from p2pfl.learner import Learner, make_learner
 from p2pfl.link import Greeting, Link
+from p2pfl.masks import MaskMaker, Words, gathering_number, read_sum
 from p2pfl.messages import (
     BadInput,
     BadMessage,
     Compute,
     Computed,
+    Conceal,
+    Concealed,
     Connect,
+    Contribution,
     Disconnect,
     Done,
     Effect,
     Event,
+    Gathering,
     Happened,
     Leave,
     LinkUp,
+    MaskKey,
     Received,
     Record,
     Rejected,
@@ -73,6 +81,8 @@ DRAIN = 10.0  # seconds that a finished node stays to hand over its last update
 WAKE_BYTES = 4096  # of the pipe of reasons to wake up, at a time
 LINGER = 2.0  # seconds that the sockets are given to send what they hold
 FLOAT_BYTES = 4
+NO_KEY = bytes(32)  # of a node that has none yet
+SUM = "sum"  # in place of a peer's name, where several have come as one
 NORMS = 64  # accepted vectors whose median norm is the usual one
 
 
@@ -82,6 +92,7 @@ class Outcome:
 
     computed: Computed
     norm: float  # L2 norm of the own vector
+    no_sum: str = ""  # why the sum of the neighbours was not mixed
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +104,23 @@ class Packed:
     base: int = NO_BASE  # the round that `change` continues
 
 
+@dataclass(frozen=True, slots=True)
+class Withheld:
+    """In place of an update: where nodes learn only sums, nobody gets the vector itself."""
+
+
 class Worker:
     """Folds, evaluates, trains, seals: everything heavy, in the order of a round. Used by one thread at a time."""
 
-    def __init__(self, trainer: Trainer, sealer: Sealer, resumed: bool) -> None:
+    def __init__(
+        self, trainer: Trainer, sealer: Sealer, resumed: bool, seen: Path | None = None, masks: MaskMaker | None = None
+    ) -> None:
+        """`seen`: where to keep what came last, for `p2pfl audit`; None: nowhere. `masks`: where only sums are read."""
         self._trainer = trainer
         self._sealer = sealer
+        self._masks = masks
+        self._sums = Norms(0.0)  # of the sums that were mixed
+        self._seen = seen
         unknown = trainer.differences and (resumed or not trainer.starts_alike)
         self._base: int | None = None if unknown else NO_BASE  # round of the last update; None: send a whole one
 
@@ -108,9 +130,14 @@ class Worker:
         `save` is given a copy of the state between the two. `lacking`: somebody cannot go on from differences.
         """
         trainer = self._trainer
-        folded, trained, update = None, None, None
+        folded, trained, update, no_sum = None, None, None, ""
         if job.round > 0 or job.contributions:  # before the first round: the state of others, in place of the own one
-            terms = [Term(c.peer, c.weight, as_tensor(c.vector), c.reference, c.gain) for c in job.contributions]
+            if self._masks is None:
+                terms = [Term(c.peer, c.weight, as_tensor(c.vector), c.reference, c.gain) for c in job.contributions]
+            else:
+                terms, no_sum = self._read_sum(job.contributions)
+            if self._seen is not None:
+                write_seen(self._seen, job.round - 1, trainer, terms)
             folded = trainer.fold(job, terms, time.perf_counter)
         if save is not None:
             save(Checkpoint(job.round, job.mass if job.held is None else job.held, trainer.state()))
@@ -119,10 +146,39 @@ class Worker:
         norm = usable_norm(trainer.learner)
         if job.train:
             update = self._seal(job, lacking)
-        return Outcome(Computed(job.round, folded, trained, update), norm)
+        return Outcome(Computed(job.round, folded, trained, update), norm, no_sum)
 
-    def _seal(self, job: Compute, lacking: bool) -> Sealed | Packed:
+    def _read_sum(self, contributions: Sequence[Contribution]) -> tuple[list[Term], str]:
+        """The mean of the neighbours as one term; none, and why, if it must not be mixed."""
+        if not contributions:
+            return [], ""
+        mean = sum_term([as_words(c.vector) for c in contributions], contributions)
+        try:
+            self._sums.check(mean.vector)
+        except BadMessage as error:
+            return [], error.why
+        return [mean], ""
+
+    def conceal(self, job: Conceal) -> Concealed | Rejected:
+        """The own part of a neighbour's sum, sealed; or what is wrong with what the neighbour asks.
+
+        TrainingFailed if the own vector does not fit.
+        """
+        assert self._masks is not None
+        vector = self._trainer.public.detach().cpu().numpy()
+        try:
+            part = self._masks.part(vector, job.weight, job.peer, job.gathering)
+        except BadMessage as error:
+            return Rejected(job.peer, error.code, error.why)
+        except ValueError as error:
+            raise TrainingFailed(unusable(str(error))) from None
+        number = self._masks.number(job.peer, job.gathering)
+        return Concealed(job, self._sealer.seal(part.data, job.round, job.mass, job.reach, MASKED, number))
+
+    def _seal(self, job: Compute, lacking: bool) -> Sealed | Packed | Withheld:
         trainer, about = self._trainer, (job.round, job.mass, job.reach)
+        if self._masks is not None:
+            return Withheld()
         if trainer.codec.name == "none":
             return self._sealer.seal(_host(trainer.public), *about)
         assert trainer.change is not None
@@ -144,6 +200,18 @@ def as_tensor(vector: object) -> Tensor:
         return vector
     assert isinstance(vector, Lease)
     return torch.frombuffer(vector.view, dtype=torch.float32)
+
+
+def as_words(vector: object) -> Words:
+    """The part of a sum that an update brings; a view of what was opened, valid as long as the lease is held."""
+    assert isinstance(vector, Lease)
+    return np.frombuffer(vector.view, dtype=np.uint32)
+
+
+def sum_term(parts: Sequence[Words], contributions: Sequence[Contribution]) -> Term:
+    """What the parts of all the contributions' senders come to: the mean of their vectors, as one neighbour's."""
+    mean = read_sum(parts, math.fsum(c.gain for c in contributions))
+    return Term(SUM, math.fsum(c.weight for c in contributions), torch.from_numpy(mean))
 
 
 def _host(vector: Tensor) -> memoryview:
@@ -198,6 +266,23 @@ def write_model(learner: Learner, path: Path) -> None:
         raise TrainingFailed(f"{why}; make room, and run once more with --resume") from None
 
 
+def write_seen(path: Path, round: int, trainer: Trainer, terms: Sequence[Term]) -> None:
+    """Keep what came of the neighbours in this round, by their names, in place of what came before.
+
+    The metadata says of which round, and the schema that the vectors are of. A disk that does not take it is no reason
+    to stop training: `p2pfl audit` will say what is not there.
+    """
+    models = trainer.models_of(terms)
+    if not models:
+        return
+    draft = path.with_name(f".{path.name}.tmp")
+    about = {"round": str(round), "schema": trainer.learner.schema.digest.hex()}
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(save({peer: model.cpu().contiguous() for peer, model in models.items()}, about))
+        draft.replace(path)
+
+
 class Runtime:
     """One participant, alive. `run` returns when its rounds are done, or it was asked to leave."""
 
@@ -216,6 +301,7 @@ class Runtime:
     ) -> None:
         """`observe` is told each line that is recorded; `experiment` is its digest, `norm` the first vector's, L2."""
         self._replicas = replicas
+        self._experiment = experiment
         self._newest_base = NO_BASE  # which round our newest update continues
         self.node = node
         self.link = link
@@ -233,7 +319,7 @@ class Runtime:
         self._writer = checkpoint.Writer(records.checkpoint, experiment, self._wake)
         self._finished: bool | None = None
         self._failure: TrainingFailed | None = None
-        self._pending: Future[Outcome] | None = None
+        self._pending: deque[Future[Outcome | Concealed | Rejected]] = deque()  # in the order of the compute thread
         self._round_began: float | None = None  # None: still joining
         self._bytes = (0, 0)
         self._read_end, self._write_end = os.pipe()  # one byte for each thing that the loop must look at
@@ -339,15 +425,19 @@ class Runtime:
 
     def _look_around(self, threads: ThreadPoolExecutor) -> None:
         self._write_states()
-        if self._pending is not None and self._pending.done():
-            pending, self._pending = self._pending, None
+        while self._pending and self._pending[0].done():
             try:
-                outcome = pending.result()
+                outcome = self._pending.popleft().result()
             except TrainingFailed as error:
                 self._failure = error
                 self._handle(Leave(at_once=True), threads)  # the others need not wait for what will not come
                 return
+            if not isinstance(outcome, Outcome):
+                self._handle(outcome, threads)
+                continue
             self._own_norm = outcome.norm
+            if outcome.no_sum:
+                self.record(Happened("no_sum", {"round": outcome.computed.round - 1, "why": outcome.no_sum}))
             if isinstance(outcome.computed.update, Packed):
                 self._newest_base = outcome.computed.update.base
             self._handle(outcome.computed, threads)
@@ -405,9 +495,10 @@ class Runtime:
                 self._before_round(effect.round)
                 self.link.round = effect.round
                 save = self._save if self._save_next else None
-                self._pending = threads.submit(self._worker.compute, effect, save, bool(self.link.lacking))
+                self._submit(threads, partial(self._worker.compute, effect, save, bool(self.link.lacking)))
                 self._save_next = False
-                self._pending.add_done_callback(lambda _: self._wake())
+            case Conceal():
+                self._submit(threads, partial(self._worker.conceal, effect))
             case Connect(peer, address):
                 address = address or self.address_book.get(peer, "")
                 if address and not self.link.is_dialling(peer):  # both may: one of them may know no address
@@ -425,6 +516,11 @@ class Runtime:
                     )
             case Done(finished):
                 self._finished = finished
+
+    def _submit(self, threads: ThreadPoolExecutor, job: Callable[[], Outcome | Concealed | Rejected]) -> None:
+        """Have the compute thread do it, after all that it was given before."""
+        self._pending.append(threads.submit(job))
+        self._pending[-1].add_done_callback(lambda _: self._wake())
 
     def _drain(self, threads: ThreadPoolExecutor) -> None:
         """Stay until the neighbours have the last update; one whose link broke over it has its grace to come back.
@@ -472,6 +568,8 @@ class Runtime:
             case LinkUp():
                 self._note_what_it_has(event)
             case Received(peer, Update(round, _, _, Lease() as lease) as update):
+                if self.node.gathering is not None:
+                    return self._part_of_a_sum(event, self.node.gathering, lease)
                 try:
                     vector = self._read(peer, round, lease)
                     norm = self._norms.check(as_tensor(vector), update.mass)
@@ -482,6 +580,15 @@ class Runtime:
                     self._replicas.keep(peer, round, vector)
                 return Received(peer, replace(update, vector=vector))
         return event
+
+    def _part_of_a_sum(self, event: Received, asked: Gathering, lease: Lease) -> Event:
+        """The event itself, if it brings a part of the very sum that was asked for: in another it would be noise."""
+        assert isinstance(event.message, Update) and lease.manifest is not None
+        number = gathering_number(self._experiment, self.node.settings.name, asked)
+        if lease.manifest.codec == MASKED and lease.manifest.base == number:
+            return event
+        why = f"round {event.message.round} brings {lease.manifest.codec}, for another sum than was asked for"
+        return Rejected(event.peer, "other_sum", why, round=event.message.round)
 
     def _read(self, peer: str, round: int, lease: Lease) -> Lease | Tensor:
         """What was opened, as a vector: itself, if it is one and no other will be added to it."""
@@ -594,6 +701,9 @@ def assemble(
         facts=facts,
         packed={} if trainer.codec.name == "none" else {trainer.codec.name: trainer.codec.nbytes},
     )
+    masks = MaskMaker(identity, epoch, agreed) if experiment.privacy.sums == "masked" else None
+    if masks is not None:
+        greeting = replace(greeting, packed={MASKED: greeting.size})
     replicas = Replicas(
         trainer.codec,
         start,
@@ -623,6 +733,7 @@ def assemble(
         epoch=epoch,
         drift=1 if topology is None else topology.period or len(topology.names),
         mass=own_mass,
+        mask_key=None if masks is None else masks.key,
         held_mass=found.newest.mass if found.newest is not None else None,
         first_round=found.newest.round if found.newest is not None else 0,
         needs_state=found.lost,
@@ -631,7 +742,8 @@ def assemble(
     node = Node(settings, time.monotonic())
     packed = sum(greeting.packed.values())
     sealer = Sealer(identity, agreed, learner.schema.digest, FLOAT_BYTES * trainer.size, epoch, packed)
-    worker = Worker(trainer, sealer, resumed=found.newest is not None)
+    seen = records.seen if experiment.privacy.keep_seen else None
+    worker = Worker(trainer, sealer, found.newest is not None, seen, masks)
     norm = check_vector(learner.vector, None)
     for dial in dials:
         link.dial(dial.address, () if dial.name is None else (dial.name,))
@@ -661,6 +773,7 @@ def common_settings(experiment: Experiment) -> Settings:
         staleness=math.inf if experiment.mix.schedule != "sync" else float(network.staleness),
         schedule=experiment.mix.schedule,
         least=least_vectors(experiment),
+        mask_key=MaskKey("", 1, NO_KEY) if experiment.privacy.sums == "masked" else None,
         join_timeout=network.join_timeout,
         heartbeat=network.heartbeat,
         silence=network.silence,

@@ -359,6 +359,10 @@ class Trainer:
         scores = self.learner.evaluate() if is_evaluated(self._experiment.train, job.round - 1) else NO_SCORES
         return Folded(scores, consensus, mixed_at - begin, clock() - mixed_at, before, after)
 
+    def models_of(self, terms: Sequence[Term]) -> dict[str, Tensor]:
+        """Peer → its vector (S,), as this node can read it out of what came. To be asked before it is folded in."""
+        return {term.peer: self._model_of(term) for term in terms if term.gain}
+
     def _model_of(self, term: Term) -> Tensor:
         """The neighbour's model: of a running sum, the mean of those by which it has grown."""
         if self._running is None:

@@ -10,7 +10,7 @@ is built from it. Whatever is wrong raises BadMessage; nothing else is ever rais
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn, get_args
 
 import msgpack
@@ -26,12 +26,14 @@ from p2pfl.messages import (
     Channel,
     Chunk,
     Describe,
+    Gathering,
     Goodbye,
     Gossip,
     Grant,
     Heartbeat,
     Hello,
     Hint,
+    MaskKey,
     MemberRecord,
     Offer,
     Receipt,
@@ -46,6 +48,7 @@ CHUNK = 1 << 20  # bytes of parameters in one chunk
 TAG = 16  # bytes that sealing adds to a chunk
 MAX_FRAME = CHUNK + TAG + 64  # bytes; the socket refuses larger frames, and counts 33 of CURVE's own to each
 MAX_GOSSIPED = 128  # records, and hints, in one message
+MAX_SENDERS = 1024  # of one sum
 MAX_ENTRY = 512  # bytes of one record or hint: two names and two numbers
 SIGNATURE = 64  # bytes
 MAX_FACTS = 48 * 1024  # bytes of a description, well below MAX_HEADER
@@ -123,18 +126,32 @@ _TYPES: dict[int, tuple[type[WireMessage], dict[str, Check]]] = {
     8: (Gossip, {"records": _integer(0, MAX_GOSSIPED), "hints": _integer(0, MAX_GOSSIPED)}),
     9: (Resume, {"round": _ROUND, "start": _integer(1, 2**31)}),
     10: (Accusation, {"name": _name, "code": _word(*OFFENCES)}),
+    11: (MaskKey, {"name": _name, "epoch": _integer(1, MAX_EPOCH), "key": _bytes(32), "signature": _bytes(64)}),
+    12: (
+        Gathering,
+        {
+            "round": _ROUND,
+            "mass": _positive,
+            "reach": _positive,
+            "gives": _flag,
+            "keys": _integer(0, MAX_SENDERS),
+            "signature": _bytes(64),
+        },
+    ),
     16: (Offer, {"signature": _bytes(64), "key": _bytes(32)}),
     17: (Chunk, {"round": _ROUND, "index": _integer(0, 2**31)}),
 }
 _NUMBERS = {kind: number for number, (kind, _) in _TYPES.items()}
 _HINT: dict[str, Check] = {"name": _name, "epoch": _integer(0, MAX_EPOCH), "incarnation": _integer(0, MAX_ROUND)}
 _RECORD = _HINT | {"epoch": _integer(1, MAX_EPOCH), "address": _address, "leaving": _flag}
+_KEY = {key: check for key, check in _TYPES[11][1].items() if key != "signature"}
 _BODIES = {Offer: "manifest", Chunk: "sealed"}  # the field that travels as the body
 _BODY_LIMITS = {
     Offer: MAX_MANIFEST,
     Chunk: CHUNK + TAG,
     Gossip: MAX_GOSSIPED * (MAX_ENTRY + 2 + SIGNATURE),
     Accusation: 2 * (MAX_MANIFEST + 2 + SIGNATURE),
+    Gathering: MAX_SENDERS * (MAX_ENTRY + 2 + SIGNATURE),
 }
 
 
@@ -150,6 +167,8 @@ def encode(message: WireMessage) -> tuple[bytes, memoryview | bytes]:
         return pack(header | {"records": len(message.records), "hints": len(message.hints)}), _gossip_body(message)
     for key in checks:
         header[key] = getattr(message, key)
+    if isinstance(message, Gathering):
+        return pack(header | {"keys": len(message.keys)}), _entries((statement(k), k.signature) for k in message.keys)
     if isinstance(message, Accusation):
         return pack(header), _evidence_body(message.evidence)
     if isinstance(message, Describe):
@@ -172,34 +191,54 @@ def _shortened(facts: Mapping[str, str]) -> dict[str, str]:
     return short
 
 
-def statement(record: MemberRecord) -> bytes:
-    """The bytes that the owner of a record signs."""
-    return pack({key: getattr(record, key) for key in _RECORD})
+def statement(said: MemberRecord | MaskKey | Gathering) -> bytes:
+    """The bytes that whoever says this of itself signs."""
+    if isinstance(said, Gathering):
+        about = {key: getattr(said, key) for key in ("round", "mass", "reach", "gives")}
+        return pack(about | {"keys": _entries((statement(key), key.signature) for key in said.keys)})
+    return pack({key: getattr(said, key) for key in (_RECORD if isinstance(said, MemberRecord) else _KEY)})
 
 
 def _gossip_body(gossip: Gossip) -> bytes:
     """One entry after the other: its length as two bytes, a map, and after a record's map its signature."""
     entries = [(statement(record), record.signature) for record in gossip.records]
     entries += [(pack({key: getattr(hint, key) for key in _HINT}), b"") for hint in gossip.hints]
+    return _entries(entries)
+
+
+def _entries(entries: Iterable[tuple[bytes, bytes]]) -> bytes:
     return b"".join(len(text).to_bytes(2, "big") + text + signature for text, signature in entries)
 
 
 def _read_gossip(body: memoryview | bytes, records: int, hints: int) -> Gossip:
+    entries = _read_entries(body, [(SIGNATURE, _RECORD)] * records + [(0, _HINT)] * hints)
+    found = tuple(MemberRecord(**fields, signature=proof) for fields, proof in entries[:records])  # type: ignore[arg-type]
+    return Gossip(found, tuple(Hint(**fields) for fields, _ in entries[records:]))  # type: ignore[arg-type]
+
+
+def _read_keys(body: memoryview | bytes, keys: int) -> tuple[MaskKey, ...]:
+    entries = _read_entries(body, [(SIGNATURE, _KEY)] * keys)
+    return tuple(MaskKey(**fields, signature=proof) for fields, proof in entries)  # type: ignore[arg-type]
+
+
+def _read_entries(
+    body: memoryview | bytes, expected: Sequence[tuple[int, Mapping[str, Check]]]
+) -> list[tuple[dict[str, object], bytes]]:
+    """The maps of a body, and the signature of so many bytes after each; BadMessage if they are others."""
     entries: list[tuple[dict[str, object], bytes]] = []
     rest = memoryview(body)
-    for signature, checks in [(SIGNATURE, _RECORD)] * records + [(0, _HINT)] * hints:
+    for signature, checks in expected:
         size = int.from_bytes(rest[:2], "big")
         entry, rest = rest[2 : 2 + size], rest[2 + size :]
         if not 0 < size <= MAX_ENTRY or len(entry) != size or len(rest) < signature:
-            raise BadMessage("bad_body", "a record of a member that ends too early, or is too long")
+            raise BadMessage("bad_body", "what a member says of itself ends too early, or is too long")
         fields = unpack(entry)
         check_fields("record", fields, checks)
         entries.append((fields, bytes(rest[:signature])))
         rest = rest[signature:]
     if len(rest):
         raise BadMessage("bad_body", f"{len(rest)} bytes after the last record")
-    found = tuple(MemberRecord(**fields, signature=proof) for fields, proof in entries[:records])  # type: ignore[arg-type]
-    return Gossip(found, tuple(Hint(**fields) for fields, _ in entries[records:]))  # type: ignore[arg-type]
+    return entries
 
 
 def _evidence_body(evidence: tuple[bytes, ...]) -> bytes:
@@ -247,11 +286,13 @@ def decode(header: memoryview | bytes, body: memoryview | bytes) -> WireMessage:
         raise BadMessage("version_mismatch", f"ours={PROTOCOL_VERSION} theirs={fields.get('protocol')!r:.20}")
     check_fields(kind.__name__, fields, checks)
     limit = _BODY_LIMITS.get(kind, 0)
-    if len(body) > limit or (limit and not len(body)):
+    if len(body) > limit or (limit and not len(body) and fields.get("keys") != 0):
         raise BadMessage("bad_body", f"{kind.__name__} with a body of {len(body)} bytes; 1 to {limit} are allowed")
     if kind is Gossip:
         return _read_gossip(body, int(str(fields["records"])), int(str(fields["hints"])))
-    if kind is Accusation:  # of equivocation, two manifests are the evidence
+    if kind is Gathering:
+        fields["keys"] = _read_keys(body, int(str(fields["keys"])))
+    elif kind is Accusation:  # of equivocation, two manifests are the evidence
         fields["evidence"] = _read_evidence(body, 2 if fields["code"] == "equivocation" else 1)
     elif kind is Offer:
         fields["manifest"] = bytes(body)

@@ -49,7 +49,7 @@ import p2pfl
 from p2pfl import topology
 from p2pfl.config import Experiment, validate
 from p2pfl.data import load_part
-from p2pfl.envelope import SIGNING_CONTEXT, Sealed, sign_record
+from p2pfl.envelope import SIGNING_CONTEXT, Sealed, sign_statement
 from p2pfl.identity import Card, Identity, Roster, load, parse_address, save
 from p2pfl.link import MAX_UNDELIVERED
 from p2pfl.messages import (
@@ -837,14 +837,14 @@ def test_29_who_is_found_at_an_address_of_the_past_is_told_as_well() -> None:
 def test_29_a_record_that_ones_own_key_has_signed_tells_it_too_and_a_forged_one_does_not(tmp_path: Path) -> None:
     with attacked(tmp_path) as (victim, mallory):
         before, experiment = victim.state(), mallory.greeting.experiment
-        forged = sign_record(MemberRecord("victim", 9, 0), IDS["mallory"], experiment)
+        forged = sign_statement(MemberRecord("victim", 9, 0), IDS["mallory"], experiment)
         mallory.say("control", Gossip((forged,), ()))
         victim.wait(lambda: victim.rejected("bad_record"))
-        elsewhere = sign_record(MemberRecord("victim", 9, 1), IDS["victim"], b"x" * 32)
+        elsewhere = sign_statement(MemberRecord("victim", 9, 1), IDS["victim"], b"x" * 32)
         mallory.say("control", Gossip((elsewhere,), ()))
         victim.wait(lambda: victim.count("bad_record") == 2)
         assert victim.state() == before and not victim.runtime.link.successor
-        genuine = sign_record(MemberRecord("victim", 9, 0), IDS["victim"], experiment)
+        genuine = sign_statement(MemberRecord("victim", 9, 0), IDS["victim"], experiment)
         mallory.say("control", Gossip((genuine,), ()))
         with pytest.raises(TrainingFailed, match="start 9, this is 7"):
             victim.end()
@@ -1035,16 +1035,16 @@ def test_27_a_record_that_its_member_never_made() -> None:
         m.join()
         until(lambda: victim.is_up("mallory"), victim)
         claim = MemberRecord("honest", 2, 0, "tcp://10.0.0.1:7000")
-        genuine = sign_record(claim, IDS["honest"], EXPERIMENT)
+        genuine = sign_statement(claim, IDS["honest"], EXPERIMENT)
         forged = [
-            sign_record(claim, IDS["mallory"], EXPERIMENT),
-            sign_record(claim, IDS["honest"], bytes(32)),
+            sign_statement(claim, IDS["mallory"], EXPERIMENT),
+            sign_statement(claim, IDS["honest"], bytes(32)),
             replace(genuine, leaving=True),
             replace(genuine, incarnation=1),
             replace(genuine, address="tcp://10.6.6.6:7000"),
         ]
         for bad in forged:
-            m.say("control", Gossip((sign_record(MemberRecord("mallory", 1, 1), IDS["mallory"], EXPERIMENT), bad), ()))
+            m.say("control", Gossip((sign_statement(MemberRecord("mallory", 1, 1), IDS["mallory"], EXPERIMENT), bad), ()))
         until(lambda: victim.codes().count("bad_record") == len(forged), victim)
         assert gossip_of(victim) == []
         for _ in range(2):  # the second time its signature is known to hold
@@ -1063,7 +1063,7 @@ def test_28_invented_members() -> None:
         stranger = identities("stranger")["stranger"]
         for start in range(0, 1000, 100):
             names = [f"sybil-{number}" for number in range(start, start + 100)]
-            records = tuple(sign_record(MemberRecord(name, 1, 0), stranger, EXPERIMENT) for name in names)
+            records = tuple(sign_statement(MemberRecord(name, 1, 0), stranger, EXPERIMENT) for name in names)
             m.say("control", Gossip(records, tuple(Hint(name, 1, 0) for name in names)))
         until(lambda: victim.codes().count("unknown_member") == 1000, victim)
         assert set(gossip_of(victim)) == {Gossip((), ())}

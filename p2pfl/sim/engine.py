@@ -23,17 +23,21 @@ from p2pfl.messages import (
     BadInput,
     Compute,
     Computed,
+    Conceal,
+    Concealed,
     Connect,
     Disconnect,
     Done,
     Effect,
     Event,
+    Gathering,
     Goodbye,
     Gossip,
     Happened,
     Leave,
     LinkDown,
     LinkUp,
+    MaskKey,
     Receipt,
     Received,
     Record,
@@ -94,6 +98,7 @@ from p2pfl.weights import Stake, Wiring
 
 DRAIN = 10.0  # seconds that a finished node stays to hand over its last update, as in `runtime`
 LOOK = 0.1  # seconds between two looks at whether it may go
+NO_KEY = bytes(32)  # nothing is masked here: see `world.Cargo`
 RETRY_START = 10.0  # seconds until a node that could not write its epoch is started again
 COMPUTE_SPREAD = 0.05  # by which a round's computing may take longer, relative
 STEP_SHARE = 0.04  # of the compute time that passes before each step of a checkpoint
@@ -325,6 +330,9 @@ class Engine:
         match effect:
             case Send(peers, message):
                 self._note(f"{life.name} > {','.join(peers)} {short(message)}")
+                if isinstance(message, Gathering):
+                    life.asked[message.round] = message
+                    life.asked.pop(message.round - OUTSTANDING, None)
                 for peer in peers:
                     if self._is_doomed(life):
                         return False
@@ -340,6 +348,10 @@ class Engine:
                 if not life.alive:
                     return False
                 self._compute(life, effect, effects)
+            case Conceal():
+                assert life.cargo is not None and life.cargo.parcel.round == effect.round
+                made = Concealed(effect, replace(life.cargo, gathering=effect.gathering))
+                self.clock.after(0.0, partial(self._concealed, life, made))
             case Save():
                 life.save = True
             case Connect(peer, address):
@@ -418,7 +430,7 @@ class Engine:
         if job.round > 0 or job.contributions:
             vectors = tuple(replace(c, vector=cargo_of(c).vector) for c in job.contributions)
             folded = worker.fold(replace(job, contributions=vectors))
-            for why, invariant in self._ledger.enter(life, job, caught_up, worker.reading):
+            for why, invariant in self._ledger.enter(life, job, caught_up or job.jump, worker.reading):
                 self._require(why, invariant, life.name)
         if life.save:
             held = job.mass if job.held is None else job.held
@@ -432,7 +444,8 @@ class Engine:
                 self._ledger.moved(machine, worker.reading)
                 parcel = Parcel(life.name, life.epoch, job.round, life.members, worker.reading)
                 trained = replace(trained, train_seconds=seconds)
-                outcome = Computed(job.round, folded, trained, Cargo(parcel, vector))
+                life.cargo = Cargo(parcel, vector)
+                outcome = Computed(job.round, folded, trained, life.cargo)
         else:
             outcome = Computed(job.round, folded, None, None)
         shown = " ".join(f"{c.peer}:{c.round}:{c.weight!r}" for c in job.contributions)
@@ -452,6 +465,13 @@ class Engine:
             machine.checkpoints, life.save = saved.number, False
             pause = STEP_SHARE * seconds
             self.clock.after(pause, partial(self._keep, life, saved, 0, pause))
+
+    def _concealed(self, life: Life, made: Concealed) -> None:
+        """Its part of a sum is ready, once the process goes on."""
+        if life.pauses:
+            self.clock.after(LOOK, partial(self._concealed, life, made))
+        else:
+            self._handle(life, made)
 
     def _computed(self, life: Life, due: float) -> None:
         if life.runs and due == life.job_due and life.outcome is not None:
@@ -544,6 +564,7 @@ class Engine:
             epoch=machine.disk.epoch,
             drift=topology.period or len(names),
             mass=machine.mass,
+            mask_key=None if common.mask_key is None else MaskKey(name, machine.disk.epoch, NO_KEY),
             held_mass=None if saved is None else saved.mass,
             first_round=0 if saved is None else saved.round,
             partners=partners(common.schedule, self.scenario.seed, name),
@@ -815,6 +836,8 @@ def _in_words(event: Event) -> str:
             return "tick"
         case Computed(round):
             return f"computed {round}"
+        case Concealed(job):
+            return f"concealed {job.round} for {job.peer}"
         case LinkUp(peer, epoch, round, mass, seen):
             return f"up {peer} {epoch} {round} {mass!r} {seen}"
         case LinkDown(peer, why):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,12 +21,13 @@ from torch import Tensor
 from p2pfl import config
 from p2pfl.config import MESSAGE_LIES, Experiment
 from p2pfl.learner import TorchLearner, make_learner
+from p2pfl.masks import fixed
 from p2pfl.messages import Compute, Folded, Happened, RoundEnded, Trained, TrainingFailed
 from p2pfl.mixing import Probe
 from p2pfl.node import Node, Settings
 from p2pfl.records import Line, Run, event_line, round_line, write_text
 from p2pfl.rng import stream
-from p2pfl.runtime import Norms, common_settings, usable_norm, write_model
+from p2pfl.runtime import Norms, common_settings, sum_term, usable_norm, write_model, write_seen
 from p2pfl.sim.engine import Engine
 from p2pfl.sim.faults import ClockJump, Corrupt, Crash, Delay, DiskFull, Fault, Lie, Lose, Partition, Pause, Slow
 from p2pfl.sim.invariants import Broken
@@ -59,9 +61,12 @@ def simulate(
     probe = Probe(learner.schema.size, stream(0, "probe"))
     recorder = Recorder(run, nbytes, observe)
 
+    sums = experiment.privacy.sums == "masked"
+
     def make_worker(_: Scenario, name: str) -> ModelWorker:
         learner = make_learner(experiment, ground.parts[name], name)
-        return ModelWorker(Trainer(learner, experiment, name, varies=ground.graph.varies), probe)
+        seen = run.node(name).seen if experiment.privacy.keep_seen else None
+        return ModelWorker(Trainer(learner, experiment, name, varies=ground.graph.varies), probe, seen, sums)
 
     engine = Engine(scenario_of(experiment, ground), make_node, make_worker, observe=recorder.record)
     try:
@@ -162,8 +167,10 @@ class ModelWorker:
 
     rounding = 1e-5  # float32 keeps seven digits, also of values that cancel in the reading
 
-    def __init__(self, trainer: Trainer, probe: Probe) -> None:
-        self.trainer, self._probe = trainer, probe
+    def __init__(self, trainer: Trainer, probe: Probe, seen: Path | None = None, sums: bool = False) -> None:
+        """`seen`: as for `runtime.Worker`; `sums`: whether it learns only sums."""
+        self.trainer, self._probe, self._seen = trainer, probe, seen
+        self._sums = sums
         self._norms = Norms(usable_norm(trainer.learner), sums=trainer.sends_sums)
         self.reading = self._read()
 
@@ -183,6 +190,11 @@ class ModelWorker:
     def fold(self, job: Compute) -> Folded:
         """See `Worker.fold`."""
         terms = [Term(c.peer, c.weight, _as_tensor(c.vector), c.reference, c.gain) for c in job.contributions]
+        if self._sums and terms:  # without the masks, which vanish: the same numbers to the bit
+            parts = [fixed(_as_tensor(c.vector).cpu().numpy(), c.gain) for c in job.contributions]
+            terms = [sum_term(parts, job.contributions)]
+        if self._seen is not None:
+            write_seen(self._seen, job.round - 1, self.trainer, terms)
         folded = self.trainer.fold(job, terms, no_time)
         self.reading = self._read()
         return folded

@@ -199,7 +199,7 @@ def what_came_in_time_counts(life: Life, job: Compute, effects: Sequence[Effect]
     Or if the weights follow from the whole graph, and the sender's was another, or it lied about that.
     """
     settings = life.node.settings
-    if settings.staleness or life.stake is None or catches_up(effects):
+    if settings.staleness or settings.mask_key is not None or life.stake is None or catches_up(effects):
         return None
     own = life.own.members if life.own is not None else None
     for (parcel, round), stake in life.came.items():
@@ -231,7 +231,31 @@ def push_sum_makes_no_mass(life: Life, job: Compute, effects: Sequence[Effect]) 
     return None if abs(job.mass - held) <= ROUNDING * held else f"it holds {job.mass}, kept and got {held}"
 
 
+def a_sum_is_whole(life: Life, job: Compute, effects: Sequence[Effect]) -> str | None:
+    """Where nodes learn only sums, all that were asked are folded, for this very sum, or nobody."""
+    if life.node.settings.mask_key is None or not job.contributions:
+        return None
+    asked = life.asked.get(job.round - 1)
+    if asked is None or asked.names != tuple(c.peer for c in job.contributions):
+        return f"it asked {asked}, and folds {[c.peer for c in job.contributions]}"
+    others = [c.peer for c in job.contributions if cargo_of(c).gathering != asked or c.round != asked.round]
+    return f"what came of {others} is for another sum: with masks, it would be noise" if others else None
+
+
+def a_whole_sum_is_folded(life: Life, job: Compute, effects: Sequence[Effect]) -> str | None:
+    """If all that were asked have sent their part in time, and each weighs what it said, the sum counts."""
+    asked = life.asked.get(job.round - 1)
+    if life.node.settings.mask_key is None or asked is None or job.contributions or catches_up(effects):
+        return None
+    came = {
+        p.sender for (p, round), s in life.came.items() if round == asked.round and life.counted.get(p.sender) == s.mass
+    }
+    return f"all of {asked.names} had come" if asked.names and came >= set(asked.names) else None
+
+
 AT_COMPUTE: tuple[ComputeCheck, ...] = (
+    a_sum_is_whole,
+    a_whole_sum_is_folded,
     one_job_at_a_time,
     nothing_is_folded_twice,
     nothing_stale_is_folded,

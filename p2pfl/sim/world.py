@@ -23,10 +23,12 @@ from p2pfl.messages import (
     Computed,
     Contribution,
     Folded,
+    Gathering,
     Goodbye,
     Gossip,
     Heartbeat,
     Leave,
+    MaskKey,
     MemberRecord,
     Message,
     Receipt,
@@ -179,6 +181,8 @@ class Cargo:
 
     parcel: Parcel
     vector: object
+    # For which sum it was made. The masks are left out here: they vanish, or what is left is noise and must not count.
+    gathering: Gathering | None = None
 
 
 # -- A disk ----------------------------------------------------------------------------------------------------------
@@ -333,6 +337,8 @@ class Life:
     round: int = 0
     known: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # peer → epoch, heard, confirmed
     own: Parcel | None = None  # of the round in progress
+    cargo: Cargo | None = None  # that brings it
+    asked: dict[int, Gathering] = field(default_factory=dict)  # for whose sum, in the newest rounds
     made: dict[int, Parcel] = field(default_factory=dict)  # the newest ones, by round
     epochs: dict[str, int] = field(default_factory=dict)  # peer → the newest of its processes that said hello
     stake: Stake | None = None  # of the round in progress
@@ -423,6 +429,10 @@ def short(message: Parcelled) -> str:
             return f"gossip of {len(records)} and {len(hints)}: {' '.join(told)}"
         case Accusation(name, code):
             return f"accusation {name} {code}"
+        case MaskKey(name, epoch):
+            return f"mask key {name} {epoch}"
+        case Gathering(round, mass, reach, gives):
+            return f"gathering {round} {mass!r} {reach!r} {gives} of {' '.join(message.names)}"
         case Offer(update):
             return f"offer {update.round}"
         case _:
