@@ -165,12 +165,12 @@ def no_time() -> float:
 class ModelWorker:
     """A real trainer, that does what it does in `runtime`."""
 
-    rounding = 1e-5  # float32 keeps seven digits, also of values that cancel in the reading
-
     def __init__(self, trainer: Trainer, probe: Probe, seen: Path | None = None, sums: bool = False) -> None:
         """`seen`: as for `runtime.Worker`; `sums`: whether it learns only sums."""
         self.trainer, self._probe, self._seen = trainer, probe, seen
         self._sums = sums
+        # Float32 keeps seven digits, also of values that cancel in the reading; a sum is exact to 2^-17 a neighbour.
+        self.rounding = 1e-3 if sums else 1e-5
         self._norms = Norms(usable_norm(trainer.learner), sums=trainer.sends_sums)
         self.reading = self._read()
 
