@@ -23,12 +23,14 @@ from p2pfl.messages import (
     Channel,
     Chunk,
     Describe,
+    Gathering,
     Goodbye,
     Gossip,
     Grant,
     Heartbeat,
     Hello,
     Hint,
+    MaskKey,
     MemberRecord,
     Offer,
     Receipt,
@@ -43,6 +45,7 @@ from p2pfl.wire import (
     MAX_GOSSIPED,
     MAX_HEADER,
     MAX_MANIFEST,
+    MAX_SENDERS,
     TAG,
     decode,
     encode,
@@ -66,6 +69,10 @@ EXAMPLES: dict[type[WireMessage], WireMessage] = {
     ),
     Receipt: Receipt(3),
     Accusation: Accusation("bob", "bad_value", (b"manifest", b"g" * 64)),
+    MaskKey: MaskKey("bob", 2, b"k" * 32, b"g" * 64),
+    Gathering: Gathering(
+        3, 1.0, 4.0, True, (MaskKey("al", 1, b"k" * 32, b"g" * 64), MaskKey("bo", 2, b"l" * 32, b"h" * 64)), b"i" * 64
+    ),
     Grant: Grant(3, 8),
     Resume: Resume(3, 8),
     Refused: Refused(3, "bad_schema"),
@@ -96,6 +103,9 @@ WRONG: dict[str, list[object]] = {  # for each field of a header, what it must n
     "hints": [*NOT_INTEGERS, -1, MAX_GOSSIPED + 1],
     "index": [*NOT_INTEGERS, -1, 2**31 + 1],
     "mass": [math.nan, math.inf, -math.inf, 0.0, -0.0, -1.0, 1, True, "1"],
+    "reach": [math.nan, math.inf, -math.inf, 0.0, -0.0, -1.0, 1, True, "1"],
+    "gives": [0, 1, 1.0, "true"],
+    "keys": [*NOT_INTEGERS, -1, MAX_SENDERS + 1],
     "experiment": [b"", b"e" * 31, b"e" * 33, "e" * 32],
     "schema": [b"", b"e" * 31, b"e" * 33, "e" * 32],
     "key": [b"", b"e" * 31, b"e" * 33, "e" * 32],
@@ -121,6 +131,7 @@ records = st.builds(
     MemberRecord, names, st.integers(1, MAX_EPOCH), rounds, addresses, st.booleans(), signature=signatures
 )
 hints = st.builds(Hint, names, st.integers(0, MAX_EPOCH), rounds)
+keys = st.builds(MaskKey, names, st.integers(1, MAX_EPOCH), digests, signatures)
 messages = st.one_of(
     st.builds(
         Hello,
@@ -148,6 +159,14 @@ messages = st.one_of(
     st.builds(Receipt, rounds),
     st.builds(lambda name, code, one: Accusation(name, code, one), names, st.sampled_from(OFFENCES[1:]), signed),
     st.builds(lambda name, one, two: Accusation(name, "equivocation", one + two), names, signed, signed),
+    keys,
+    st.builds(
+        lambda round, mass, gives, senders: Gathering(round, mass, 2 * mass, gives, tuple(senders), b"s" * 64),
+        rounds,
+        st.floats(min_value=1e-9, max_value=1e9),
+        st.booleans(),
+        st.lists(keys, max_size=4),
+    ),
     st.builds(Grant, rounds, st.integers(1, 2**31)),
     st.builds(Resume, rounds, st.integers(1, 2**31)),
     st.builds(Refused, rounds, names),
@@ -226,6 +245,8 @@ def test_the_type_numbers_never_change() -> None:
         "Gossip": 8,
         "Resume": 9,
         "Accusation": 10,
+        "MaskKey": 11,
+        "Gathering": 12,
         "Offer": 16,
         "Chunk": 17,
     }
@@ -460,11 +481,45 @@ def test_a_body_stands_where_it_belongs_and_is_no_larger_than_it_may_be(message:
     header, _ = encode(message)
     gossip, evidence = MAX_GOSSIPED * (MAX_ENTRY + 2 + 64), 2 * (MAX_MANIFEST + 2 + 64)
     limits = {Offer: MAX_MANIFEST, Chunk: CHUNK + TAG, Gossip: gossip, Accusation: evidence}
+    limits[Gathering] = MAX_SENDERS * (MAX_ENTRY + 2 + 64)
     limit = limits.get(type(message), 0)
     assert refused(header, bytes(limit + 1)) == "bad_body"
-    assert isinstance(message, (Gossip, Accusation)) or isinstance(decode(header, bytes(limit)), type(message))
+    assert isinstance(message, (Gossip, Accusation, Gathering)) or isinstance(
+        decode(header, bytes(limit)), type(message)
+    )
     if limit:
         assert refused(header, b"") == "bad_body"
+
+
+def test_who_asks_for_nothing_brings_no_body() -> None:
+    nothing = replace(EXAMPLES[Gathering], keys=())
+    header, body = encode(nothing)
+    assert not body and decode(header, body) == nothing
+    assert refused(header, b"x") == "bad_body"
+
+
+def test_the_keys_fill_the_body_exactly() -> None:
+    header, body = encode(EXAMPLES[Gathering])
+    for spoilt in (body[:-1], body + b"x", body[1:], body[: len(body) // 2]):
+        assert refused(header, bytes(spoilt)) == "bad_body"
+
+
+def test_a_gathering_states_every_key_and_signature_of_it() -> None:
+    """What is signed, and what the masks hold for, changes with whatever the senders are told."""
+    asked = EXAMPLES[Gathering]
+    first, second = asked.keys
+    others = [
+        replace(asked, round=4),
+        replace(asked, mass=2.0),
+        replace(asked, reach=5.0),
+        replace(asked, gives=False),
+        replace(asked, keys=(first,)),
+        replace(asked, keys=(first, replace(second, key=b"m" * 32))),
+        replace(asked, keys=(first, replace(second, epoch=3))),
+        replace(asked, keys=(first, replace(second, signature=b"j" * 64))),
+    ]
+    assert len({statement(asked), *map(statement, others)}) == 1 + len(others)
+    assert statement(replace(asked, signature=b"z" * 64)) == statement(asked)
 
 
 # -- What one is accused of ------------------------------------------------------------------------------------------
