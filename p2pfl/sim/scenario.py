@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 import networkx as nx
 import numpy as np
 
+from p2pfl.composition import BY_PAIRS
 from p2pfl.config import BY_ROWS, PUSH_SUM, TopologySection
+from p2pfl.messages import MaskKey
 from p2pfl.node import Settings
 from p2pfl.rng import stream
 from p2pfl.sim.faults import Fault, random_schedule
@@ -124,6 +126,8 @@ def random_scenario(seed: int, minutes: float = SOAK_MINUTES) -> Scenario:
         settings = replace(
             settings, schedule=schedule, weights=weights, staleness=math.inf, two_way=False, equal_masses=True
         )
+    if _only_sums(seed, topology, settings):
+        settings = replace(settings, mask_key=MaskKey("", 1, bytes(32)))  # each node has a key of its own instead
     late = {name for name in names if random.random() < 0.1}
     starts = {name: float(random.uniform(0, 0.5 * horizon if name in late else 5.0)) for name in names}
     links = [(a, b) for a, b in topology.union().edges]
@@ -153,6 +157,13 @@ def _schedule(seed: int, family: str) -> str:
     """One in three of the graphs that stay as they are has no common rounds. A stream of its own: no other changes."""
     schedule = str(stream(seed, "schedule").choice(["pairwise", "gossip", "push-sum", *["sync"] * 6]))
     return "sync" if family in SCHEDULES else schedule
+
+
+def _only_sums(seed: int, topology: Topology, settings: Settings) -> bool:
+    """One in five of those that can do it learns only sums of its neighbours. A stream of its own, again."""
+    plain = settings.schedule == "sync" and settings.staleness == 0 and not settings.two_way
+    fits = plain and not topology.varies and not topology.directed and settings.weights in BY_PAIRS
+    return fits and bool(stream(seed, "sums").random() < 0.2)
 
 
 def _weights(random: np.random.Generator, family: str) -> str:
