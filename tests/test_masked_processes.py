@@ -1,0 +1,230 @@
+"""Masked sums among real processes: what a neighbour's memory holds, what deaths do, and what the wire refuses."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from p2pfl.config import Experiment, load
+from p2pfl.envelope import MASKED, sign_statement
+from p2pfl.learner import make_learner
+from p2pfl.masks import MaskMaker, fixed
+from p2pfl.messages import Gathering, MaskKey, Received, Rejected, Update
+from p2pfl.records import create_run
+from p2pfl.swarm import prepare
+from tests.links import EXPERIMENT, Party, connect, greeting_of, identities, parties, until
+from tests.processes import events, metrics, started, up
+
+NODES = 5
+WINDOW = 32  # bytes: eight parameters; that they stand somewhere by chance is out of the question
+WINDOWS = 3  # of each vector
+LEAST_REGION = 64 * 1024  # bytes of memory that are worth a look
+
+ONLY_AVERAGE = """
+[topology]
+graph = "complete"
+nodes = 5
+[data]
+name = "digits"
+[model]
+hidden = [64]
+start = "own"
+[train]
+rounds = 3
+local_steps = 0
+[network]
+patience = 60
+silence = 60
+[[faults]]
+kind = "pause"
+node = 0
+round = 1
+seconds = 8
+"""
+
+
+# -- What a neighbour's memory holds ---------------------------------------------------------------------------------
+
+
+def first_vectors(experiment: Experiment, folder: Path) -> list[np.ndarray]:
+    """What each node sends in round 0, since it does not train: its first parameters."""
+    ground = prepare(experiment, create_run(folder, experiment))
+    return [make_learner(experiment, ground.parts[name], name).vector.numpy().copy() for name in ground.graph.names]
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def stopped_child(pid: int, within: float = 60.0) -> int:
+    """The child of this process that stands still. Only its parent is told when it stops, so one has to look."""
+    deadline = time.monotonic() + within
+    turn = threading.Event()
+    while time.monotonic() < deadline:
+        for child in children(pid):
+            if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+                return child
+        turn.wait(0.02)
+    raise AssertionError("no child stood still")
+
+
+def memory_of(pid: int) -> Iterator[bytes]:
+    """All that this process can write, piece by piece."""
+    with open(f"/proc/{pid}/mem", "rb", 0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            span, rights, *_ = line.split()
+            start, end = (int(edge, 16) for edge in span.split("-"))
+            if rights.startswith("rw") and end - start >= LEAST_REGION:
+                memory.seek(start)
+                try:
+                    yield memory.read(end - start)
+                except OSError:
+                    continue  # a page that only the kernel may read
+
+
+def windows(words: np.ndarray) -> list[bytes]:
+    starts = np.linspace(0, len(words) - WINDOW // 4, WINDOWS).astype(int)
+    return [words[start : start + WINDOW // 4].tobytes() for start in starts]
+
+
+def found_in_memory(folder: Path, sums: str) -> list[float]:
+    """For each node, the part of its first vector that node-0 holds in some form, when all the others' have come."""
+    (folder / "average.toml").write_text(ONLY_AVERAGE)
+    experiment = load(folder / "average.toml", settings=[f"privacy.sums={sums}"])
+    vectors = first_vectors(experiment, folder / "same")
+    words = ["up", folder / "average.toml", "--run-dir", folder / "run", "--set", f"privacy.sums={sums}"]
+    with started(*words) as process:
+        receiver = stopped_child(process.pid)
+        memory = list(memory_of(receiver))
+        process.kill()
+    found = []
+    for vector in vectors:
+        forms = [windows(vector), windows(fixed(vector, 1 / NODES))]
+        hits = [any(window in region for region in memory) for form in forms for window in form]
+        found.append(max(sum(hits[i : i + WINDOWS]) for i in range(0, len(hits), WINDOWS)) / WINDOWS)
+    return found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/PID/mem")
+def test_a_neighbour_s_whole_memory_holds_none_of_the_vectors_in_its_sum(tmp_path: Path) -> None:
+    """Taken when all parts of the sum have come and nothing was freed. Its own vector is found: so the search works."""
+    own, *others = found_in_memory(tmp_path, "masked")
+    assert own == 1.0 and others == [0.0] * (NODES - 1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/PID/mem")
+def test_without_masks_it_holds_each_of_them(tmp_path: Path) -> None:
+    assert found_in_memory(tmp_path, "none") == [1.0] * NODES
+
+
+# -- What deaths do --------------------------------------------------------------------------------------------------
+
+TRAINING = """
+[topology]
+graph = "random-regular"
+degree = 4
+nodes = 6
+[data]
+name = "digits"
+[model]
+hidden = [32]
+[train]
+rounds = 8
+[privacy]
+sums = "masked"
+"""
+
+
+def test_real_processes_end_where_the_simulation_does_to_the_bit_and_near_where_no_masks_lead(tmp_path: Path) -> None:
+    (tmp_path / "sums.toml").write_text(TRAINING)
+    masked = up(tmp_path / "sums.toml", tmp_path / "masked")
+    with started("simulate", tmp_path / "sums.toml", "--run-dir", tmp_path / "simulated") as process:
+        process.communicate(timeout=120)
+    bare = up(tmp_path / "sums.toml", tmp_path / "bare", "privacy.sums=none")
+    for name in (f"node-{i}" for i in range(6)):
+        one, two = (load_file(tmp_path / run / "nodes" / name / "model.safetensors") for run in ("masked", "simulated"))
+        assert all(np.array_equal(one[key], two[key]) for key in one)
+        assert all(len(line["merged"]) == 4 for line in metrics(tmp_path / "masked", name))
+    assert masked["metrics"]["accuracy"]["mean"] == pytest.approx(bare["metrics"]["accuracy"]["mean"], abs=0.01)
+
+
+def test_a_killed_sender_costs_a_sum_and_the_others_go_on_with_whole_ones(tmp_path: Path) -> None:
+    (tmp_path / "sums.toml").write_text(
+        TRAINING.replace("rounds = 8", "rounds = 30") + '\n[[faults]]\nkind = "kill"\nnode = 2\nround = 5\n'
+    )
+    summary = up(tmp_path / "sums.toml", tmp_path / "run", "network.suspicion=2")
+    assert summary["finished"] == 5 and summary["failed"] == ["node-2"]
+    survivors = [f"node-{i}" for i in (0, 1, 3, 4, 5)]
+    for name in survivors:
+        lines, lost = (
+            metrics(tmp_path / "run", name),
+            [e for e in events(tmp_path / "run", name) if e["event"] == "no_sum"],
+        )
+        assert all(math.isfinite(line["mixed"]["loss"]) for line in lines) and lines[-1]["round"] == 29
+        assert all(not line["merged"] or len(line["merged"]) >= 3 for line in lines)  # never a part of a sum
+        assert {tuple(e["missing"]) for e in lost} <= {("node-2",)} and len(lines[-1]["merged"]) >= 3
+    assert any(e["event"] == "no_sum" for name in survivors for e in events(tmp_path / "run", name))
+    assert summary["metrics"]["accuracy"]["min"] > 0.85
+
+
+# -- What the wire refuses -------------------------------------------------------------------------------------------
+
+IDS = identities("alice", "bob", "carol", "dave")
+
+
+def makers() -> dict[str, MaskMaker]:
+    return {name: MaskMaker(identity, 1, EXPERIMENT) for name, identity in IDS.items()}
+
+
+def of_kind(party: Party, kind: type[MaskKey] | type[Gathering]) -> list[MaskKey | Gathering]:
+    return [event.message for event in party.all(Received) if isinstance(event.message, kind)]
+
+
+def test_a_receiver_can_put_nobody_in_between_two_senders() -> None:
+    """Mask keys are signed by their members: one that the receiver made up is refused, and so is a stranger's."""
+    made = makers()
+    keys = [made[name].key for name in ("alice", "carol", "dave")]
+    forged = replace(MaskMaker(IDS["bob"], 1, EXPERIMENT).key, name="carol")
+    elsewhere = sign_statement(replace(forged, signature=b""), IDS["carol"], b"another federation".ljust(32))
+    stranger = replace(keys[2], name="zed")
+    bad = [(keys[0], forged, keys[2]), (keys[0], elsewhere, keys[2]), (*keys[:2], stranger)]
+    genuine = Gathering(4, 1.0, 4.0, True, tuple(keys))
+    with parties(IDS, only=("alice", "bob")) as p:
+        alice, bob = p["alice"], p["bob"]
+        connect(bob, alice)
+        for keys_shown in bad:
+            bob.link.send(("alice",), replace(genuine, keys=keys_shown))
+        bob.link.send(("alice",), replace(made["carol"].key, name="bob"))
+        bob.link.send(("alice",), made["bob"].key)
+        bob.link.send(("alice",), genuine)
+        until(lambda: of_kind(alice, Gathering), alice, bob)
+        (came,) = of_kind(alice, Gathering)
+        assert isinstance(came, Gathering) and replace(came, signature=b"") == genuine
+        assert of_kind(alice, MaskKey) == [made["bob"].key]
+        codes = [(r.peer, r.code) for r in alice.all(Rejected)]
+        assert codes == [("bob", "bad_record"), ("bob", "bad_record"), ("bob", "unknown_member"), ("bob", "bad_record")]
+
+
+@pytest.mark.parametrize(("number", "code"), [(8, []), (7, ["equivocation"])], ids=["two sums", "one sum"])
+def test_parts_of_two_sums_are_no_contradiction_but_two_parts_of_one_are(number: int, code: list[str]) -> None:
+    greeting = greeting_of(64, packed={MASKED: 64})
+    with parties(IDS, only=("alice", "bob"), greetings={"alice": greeting, "bob": greeting}) as p:
+        alice, bob = p["alice"], p["bob"]
+        connect(bob, alice)
+        for round, which, fill in ((0, 7, b"x"), (0, number, b"y")):
+            sealed = bob.sealer.seal(memoryview(fill * 64), round, 1.0, 1.0, MASKED, which)
+            bob.link.send(("alice",), Update(round, 1.0, 1.0, sealed))
+        until(lambda: len(alice.updates()) + len(alice.codes()) == 2, alice, bob)
+        assert alice.codes() == (
+            code or ["stale"]
+        )  # a second one of a round is not wanted, but nothing to be shut out for
+        assert alice.updates() == [(0, b"x" * 64)]
