@@ -482,6 +482,8 @@ class Node:
             neighbour.updates.clear()
             if self._sums is not None:
                 self._sums.forget(event.peer)
+                if back:  # what is being made adds to a sum of which the process before it has taken a part
+                    self._told = tuple(name for name in self._told or () if name != event.peer)
             neighbour.gives = True
             if self._exchanges is not None:
                 self._exchanges.forget(event.peer)
@@ -701,7 +703,7 @@ class Node:
             ended = RoundEnded(event.round - 1, self._trained, event.folded, self._merged, self._missing, self._waited)
             self._effects.append(Record(ended))
         if event.trained is None or event.update is None:
-            self._finish(True)
+            self._finish(event.round == self.settings.rounds)  # earlier, where its owner lets no further one be sent
             return
         self._trained = event.trained
         listeners = self._listeners()

@@ -604,7 +604,10 @@ def test_push_sum_who_started_again_is_told_a_new_sum_and_its_own_one_counts_fro
     node.handle(computed(1), 2.0)
     assert decided(node.handle(link_up("a", epoch=2), 2.5)) == []  # of the old sum its predecessor took a part
     node.handle(got("a", 0, mass=0.125, reach=1.0), 2.6)
-    (again,) = jobs(node.handle(computed(2), 3.0))
+    effects = node.handle(computed(2), 3.0)
+    told = [e.peers for e in effects if isinstance(e, Send) and isinstance(e.message, Update)]
+    assert told == [("b",)]  # nor of what was being made for that one: or it would take all of it once more
+    (again,) = jobs(effects)
     assert [c.reference for c in again.contributions] == [None]
     assert (again.reach, again.restart) == (2.0, True)
 
