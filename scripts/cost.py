@@ -1,6 +1,7 @@
 """Measures what a round and a whole run cost: seconds from the records, memory as the kernel accounts for it.
 
-Each experiment runs three times; the median is shown, with the least and the most behind it.
+Each experiment runs three times; the median is shown, with the least and the most behind it. Words choose the rows
+whose names hold one of them: `./scripts/cost neighbours masked`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,24 @@ P2PFL = (sys.executable, "-m", "p2pfl")
 REPEATS = 3
 SAMPLE = 0.1  # seconds between two readings of the memory
 LARGE = (
-    "--nodes=2", "--set=data.split=iid", "--set=data.test_fraction=0.01", "--set=model.hidden=[5000, 5000]",
+    "--set=data.split=iid", "--set=data.test_fraction=0.01", "--set=model.hidden=[5000, 5000]",
     "--set=train.local_steps=1", "--set=train.batch_size=1", "--set=train.rounds=10", "--set=train.momentum=0",
     "--set=train.weight_decay=0",
 )  # fmt: skip  # 25.2 million parameters, 100.7 MB
+
+
+AMONG_FIVE = (
+    *LARGE, "--nodes=5", "--set=topology.graph=complete", "--set=topology.weights=metropolis",
+    "--set=train.local_steps=0", "--set=train.rounds=6", "--set=train.evaluate_every=6",
+)  # fmt: skip  # everybody has four neighbours
+MASKED = (*AMONG_FIVE, "--set=privacy.sums=masked")
+CASES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("hospitals", "hospitals", ()),
+    ("ring-8", "ring-8", ()),
+    ("100 MB, 2 nodes", "hospitals", ("--nodes=2", *LARGE)),
+    ("100 MB, 4 neighbours each", "hospitals", AMONG_FIVE),
+    ("the same, masked sums", "hospitals", MASKED),
+)
 
 
 def proportional_set_size(pid: int) -> int:
@@ -76,14 +91,20 @@ def main() -> None:
     table = Table(title="What it costs here: median of three runs (least to most)", title_justify="left")
     for column in ("experiment", "a round, ms", "of it not learning, ms", "command to summary, s", "memory (PSS), MB"):
         table.add_column(column, justify="left" if column == "experiment" else "right")
-    for name, words in (("hospitals", ()), ("ring-8", ()), ("100 MB, 2 nodes", LARGE)):
-        found = [measure("hospitals" if words else name, *words) for _ in range(REPEATS)]
+    exchange: dict[str, float] = {}  # ms of a round that are not learning
+    wanted = [case for case in CASES if not sys.argv[1:] or any(word in case[0] for word in sys.argv[1:])]
+    for name, experiment, words in wanted:
+        found = [measure(experiment, *words) for _ in range(REPEATS)]
+        exchange[name] = statistics.median(run["network"] for run in found)
         cells = []
         for key in ("round", "network", "seconds", "memory"):
             values = sorted(run[key] for run in found)
             cells.append(f"{statistics.median(values):.1f} ({values[0]:.1f} to {values[-1]:.1f})")
         table.add_row(name, *cells)
     Console().print(table)
+    bare, masked = (exchange.get(name) for name, *_ in CASES[-2:])
+    if bare is not None and masked is not None:
+        print(f"Masks make the exchange of 100 MB with 4 neighbours {masked / bare:.2f} times as long.")
 
 
 if __name__ == "__main__":
