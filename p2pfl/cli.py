@@ -21,22 +21,28 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from p2pfl.config import BY_ROWS, GRAPHS, Experiment, Toml, did_you_mean, find_experiment, load, to_toml
+from p2pfl.config import BY_ROWS, GRAPHS, Experiment, PrivacySection, Toml, did_you_mean, find_experiment, load, to_toml
 from p2pfl.messages import BadInput, TrainingFailed, printable
-from p2pfl.records import Json, Line, Run, create_run, default_run_dir, number, open_run, write_json, write_text
+from p2pfl.records import Json, Line, Run, create_run, default_run_dir, inside, number, open_run, write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from p2pfl.data import Part
+    from p2pfl.disclosure import Disclosure
     from p2pfl.identity import Identity, Roster
     from p2pfl.node import Node
+    from p2pfl.policy import Policy
     from p2pfl.runtime import Dial
     from p2pfl.swarm import Outcome
     from p2pfl.topology import Topology
+    from p2pfl.topology.exposure import Exposure
     from p2pfl.topology.implied import Implied
 
 DRAWN_SHOWN = 4  # pictured rounds of a graph that is drawn anew for each
 ENGINES = ("event", "lockstep")
+MOST_ENCRYPTED = 4_000_000  # values of `bench he`: the relay then holds 128 MB of each sender
+TEXT_WIDTH = 100  # columns of running text, at most
 MAX_ROUNDS_DRAWN = 500  # of the comparison: what is slower than that leaves the picture anyway
 
 app = typer.Typer(
@@ -53,6 +59,10 @@ _CommandError: type[Exception] = typer.BadParameter.__mro__[2]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else on stderr.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key, e.g. --set train.lr=0.05.")
+]
+
+PolicyFile = Annotated[
+    Path | None, typer.Option(help="What the owner of this node allows: see `p2pfl inspect --help`.")
 ]
 
 
@@ -140,6 +150,7 @@ def node(
     rounds: Annotated[int | None, typer.Option(help="How many rounds.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Where records and the model go.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --run-dir.")] = False,
+    policy: PolicyFile = None,
     settings: Settings = None,
     as_json: JsonFlag = False,
 ) -> int:
@@ -147,25 +158,20 @@ def node(
 
     Example: p2pfl node --listen tcp://0.0.0.0:7000 --peers bethel@10.0.0.2:7000 --data rows.csv --target outcome
     """
-    from p2pfl.data import load_own, load_part
     from p2pfl.identity import next_epoch, parse_address, read_roster
+    from p2pfl.policy import EVERYTHING, read_policy
     from p2pfl.progress import Progress
     from p2pfl.runtime import assemble, leave_on_signals
-    from p2pfl.topology.files import names_in
 
-    members = _checked_roster(roster)
-    me = _load_identity(identity)
-    if (known := members.by_name(me.name)) is not None and known.card != me.card:
-        raise BadInput(f"{roster}: the card of {me.name} is not the one of this key: put the new {me.name}.card there")
-    experiment = load(config, settings or (), _node_flags(data, target, model, rounds), names_in)
-    experiment = experiment.model_copy(update={"faults": ()})  # those are for trying out, with `up` and `simulate`
-    neighbours, dials, graph = _neighbourhood(experiment, me.name, peers, members)
+    members, me = _members(roster, identity)
+    experiment = _own_experiment(config, settings, _node_flags(data, target, model, rounds))
+    allowed = EVERYTHING if policy is None else read_policy(policy)
+    neighbours, dials, graph = _neighbourhood(experiment, me.name, peers, members, allowed)
     endpoint = parse_address(listen) if listen else None
     if resume and run_dir is None:
         raise BadInput("--resume needs the --run-dir of the run to go on with")
     run = create_run(run_dir or default_run_dir(Path(), f"node-{me.name}", datetime.now()), resume)
-    shared = experiment.data.name in ("breast_cancer", "digits") and me.name in experiment.topology.names
-    part = load_part(experiment, experiment.topology.names.index(me.name)) if shared else load_own(experiment)
+    part = _own_part(experiment, me.name)
     write_text(run.experiment, to_toml(experiment))
 
     console = Console(stderr=as_json)
@@ -185,9 +191,10 @@ def node(
             topology=graph,
             resume=resume,
             observe=progress.observe,
+            policy=allowed,
         )
         leave_on_signals(runtime)
-        runtime.reload_roster_with(lambda: read_roster(roster))
+        runtime.reload_roster_with(lambda: allowed.admitted(read_roster(roster), me.name))
         _introduce(console, me.name, me.card.fingerprint, runtime.link.address, experiment, len(part.train), run)
         finished = runtime.run()
     summary = _node_summary(experiment, run, me.name, runtime.node, finished, time.monotonic() - began)
@@ -196,7 +203,33 @@ def node(
         _print_json(summary)
     else:
         _say_where(console, run)
+    if runtime.stopped:
+        raise TrainingFailed(f"{policy}: {runtime.stopped}, and go on with --resume --run-dir {run.path}")
     return 0 if finished else 1
+
+
+def _members(roster: Path, identity: Path | None) -> tuple[Roster, Identity]:
+    """All members, and oneself."""
+    members, me = _checked_roster(roster), _load_identity(identity)
+    if (known := members.by_name(me.name)) is not None and known.card != me.card:
+        raise BadInput(f"{roster}: the card of {me.name} is not the one of this key: put the new {me.name}.card there")
+    return members, me
+
+
+def _own_experiment(config: Path | None, settings: Sequence[str] | None, flags: Mapping[str, Toml]) -> Experiment:
+    """As one participant means it."""
+    from p2pfl.topology.files import names_in
+
+    experiment = load(config, settings or (), flags, names_in)
+    return experiment.model_copy(update={"faults": ()})  # those are for trying out, with `up` and `simulate`
+
+
+def _own_part(experiment: Experiment, name: str) -> Part:
+    """The rows of one participant: of a built-in set its share, as `up` shares it out, or else all of its file."""
+    from p2pfl.data import load_own, load_part
+
+    shared = experiment.data.name in ("breast_cancer", "digits") and name in experiment.topology.names
+    return load_part(experiment, experiment.topology.names.index(name)) if shared else load_own(experiment)
 
 
 def _checked_roster(path: Path) -> Roster:
@@ -245,7 +278,7 @@ def _node_flags(data: str | None, target: str | None, model: str | None, rounds:
 
 
 def _neighbourhood(
-    experiment: Experiment, me: str, peers: str, members: Roster
+    experiment: Experiment, me: str, peers: str, members: Roster, allowed: Policy
 ) -> tuple[list[str], list[Dial], Topology | None]:
     """Names known as neighbours, addresses to dial, and the graph over names if the experiment has one."""
     from p2pfl import topology
@@ -263,6 +296,8 @@ def _neighbourhood(
             raise BadInput(f"--peers: {name} is not in the roster{did_you_mean(name, known)}")
         if name == me:
             raise BadInput(f"--peers: {name} is this node itself: name the others")
+        if member is not None and not allowed.admits(member):
+            raise BadInput(f"--peers: the policy does not list {name}: leave it away, or add it to members")
         if name is not None:
             names.add(name)
         found = [address] if address is not None else list(member.addresses[:1]) if member is not None else []
@@ -307,7 +342,7 @@ def _node_summary(experiment: Experiment, run: Run, name: str, core: Node, finis
 
     from p2pfl import topology
     from p2pfl.analysis import compare_contraction
-    from p2pfl.records import inside, summarise
+    from p2pfl.records import summarise
     from p2pfl.topology.implied import implied
 
     star = nx.star_graph([name, *core.neighbours])
@@ -338,6 +373,107 @@ def _node_summary(experiment: Experiment, run: Run, name: str, core: Node, finis
         contraction=json.loads(json.dumps(compare_contraction({name: lines}, masses, facts))),
         topology=facts,
     )
+
+
+# -- inspect ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def inspect(
+    experiment: Annotated[str | None, typer.Argument(help="A whole experiment, of which --node is one.")] = None,
+    node: Annotated[str | None, typer.Option(help="Which node of it.")] = None,
+    peers: Annotated[str, typer.Option(help="As for `p2pfl node`.")] = "",
+    identity: Annotated[Path | None, typer.Option(help="Your key file; the only *.key here, if not given.")] = None,
+    roster: Annotated[Path, typer.Option(help="Cards of all members, one a line.")] = Path("roster.txt"),
+    config: Annotated[Path | None, typer.Option(help="An experiment file.")] = None,
+    data: Annotated[str | None, typer.Option(help="breast_cancer, digits, FILE.csv or module:function.")] = None,
+    target: Annotated[str | None, typer.Option(help="Column of the CSV file to predict.")] = None,
+    model: Annotated[str | None, typer.Option(help="logistic, mlp:64,32, cnn:16,32 or module:function.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="How many rounds.")] = None,
+    policy: PolicyFile = None,
+    settings: Settings = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """What would leave this node, before it joins: tensors, bytes, who reads them, what they could infer.
+
+    It takes the options of `p2pfl node`, or an experiment and --node. Nothing is sent, and no connection opened. With
+    --policy it says whether that would be allowed. A policy is a TOML file; each of its lines may be left out:
+
+    \b
+    members = ["birchwood", "K4QD-7M2X-AZ3B-QW5T"]   # who may receive: names, or fingerprints of cards
+    schemas = ["764b86…"]      # which models, by the digest that this command prints
+    max_rounds = 50
+    max_epsilon = 3.0          # of differential privacy
+    hours = "20:00-06:00"      # in which rounds may be sent, local time
+    max_bytes = "2 GB"         # that one run may send
+    [privacy]                  # of this node, at least
+    dp = "example"
+    noise = 1.0
+    clip = 1.0
+    sums = "masked"            # the experiment must have them
+
+    Examples: p2pfl inspect hospitals --node ashford;  p2pfl inspect --data rows.csv --target outcome --policy p.toml
+    """
+    from p2pfl import topology
+    from p2pfl.identity import read_roster
+    from p2pfl.inventory import foresee
+    from p2pfl.policy import EVERYTHING, read_policy
+
+    allowed = EVERYTHING if policy is None else read_policy(policy)
+    graph: Topology | None
+    if experiment is not None:
+        path, loaded = _load_whole(experiment, None, settings)
+        if node not in loaded.topology.names:
+            which = "" if node is None else did_you_mean(node, loaded.topology.names)
+            raise BadInput(f"{path}: which node? Give --node, for example {loaded.topology.names[0]}{which}")
+        members = read_roster(roster) if roster.exists() else None
+        name, graph = node, topology.build(loaded.topology, loaded.seed)
+    elif node is not None:
+        raise BadInput("--node names one of an experiment: p2pfl inspect EXPERIMENT --node NAME")
+    else:
+        members, me = _members(roster, identity)
+        loaded, name = _own_experiment(config, settings, _node_flags(data, target, model, rounds)), me.name
+        _, _, graph = _neighbourhood(loaded, name, peers, members, allowed)
+    known = members if members is None or graph is not None else allowed.admitted(members, name)
+    leaving = foresee(loaded, allowed.stricter(loaded.privacy), name, _own_part(loaded, name), graph, known)
+    _show_disclosure(leaving, _verdict(allowed, loaded, leaving, members) if policy is not None else None, as_json)
+
+
+def _verdict(allowed: Policy, experiment: Experiment, leaving: Disclosure, members: Roster | None) -> list[str]:
+    """What the policy objects to; nothing: it allows all of it."""
+    if members is None:  # there are no cards yet: what the policy says by name
+        known = [name for name in experiment.topology.names if name in (allowed.members or (name,))]
+    else:
+        known = [member.name for member in members.members if allowed.admits(member)]
+    objections = allowed.objections(experiment, leaving.schema, [*known, leaving.node])
+    total = round(leaving.round_bytes * leaving.rounds)
+    if allowed.max_bytes is not None and total > allowed.max_bytes:
+        objections.append(
+            f"max_bytes = {allowed.max_bytes:,}, and all rounds take {total:,}: the node would leave before their end"
+        )
+    return objections
+
+
+def _show_disclosure(leaving: Disclosure, objections: Sequence[str] | None, as_json: bool) -> None:
+    import shutil
+    import textwrap
+
+    from p2pfl.disclosure import as_json as as_object
+    from p2pfl.disclosure import page
+
+    if as_json:
+        verdict: Json = None if objections is None else {"allowed": not objections, "objections": list(objections)}
+        _print_json({**as_object(leaving), "policy": verdict})
+        return
+    passages = page(leaving)
+    if objections is not None:
+        passages.append(("The policy", list(objections) or ["allows all of this."]))
+    width = min(shutil.get_terminal_size().columns, TEXT_WIDTH)
+    sys.stdout.write(f"What leaves {leaving.node}. Nothing has been sent: this was computed here.\n")
+    for heading, lines in passages:
+        sys.stdout.write(f"\n{heading}\n")
+        for line in lines:
+            sys.stdout.write(textwrap.fill(line, width, initial_indent="  - ", subsequent_indent="    ") + "\n")
 
 
 # -- up --------------------------------------------------------------------------------------------------------------
@@ -408,23 +544,68 @@ def simulate(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="simulate: the two engines of `p2pfl simulate`.")],
-    engine: Annotated[str, typer.Option(help="event, lockstep, or both.")] = "both",
-    nodes: Annotated[int, typer.Option(min=5, help="How many nodes.")] = 1000,
-    rounds: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 20,
-    heal: Annotated[bool, typer.Option(help="As topology.heal: whether all keep a table of all members.")] = True,
+    what: Annotated[
+        str,
+        typer.Argument(help="simulate: the two engines of `p2pfl simulate`; he: sums under homomorphic encryption."),
+    ],
+    engine: Annotated[str, typer.Option(help="simulate: event, lockstep, or both.")] = "both",
+    nodes: Annotated[int, typer.Option(min=5, help="simulate: how many nodes.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1, help="simulate: how many rounds.")] = 20,
+    heal: Annotated[
+        bool, typer.Option(help="simulate: as topology.heal, whether all keep a table of all members.")
+    ] = True,
+    size: Annotated[int, typer.Option(min=1, max=MOST_ENCRYPTED, help="he: float32 values in a vector.")] = 100_000,
+    senders: Annotated[int, typer.Option(min=2, max=64, help="he: how many vectors are added.")] = 4,
     as_json: JsonFlag = False,
 ) -> None:
     """What this machine reaches, beside the limit that is measured in the same run.
 
-    Example: p2pfl bench simulate --nodes 5000 --no-heal
+    `he` measures a relay sum: neighbours encrypt to a receiver, one of them, the relay, adds what it cannot read, and
+    the receiver decrypts the sum alone. Encrypting to the receiver without a relay would hide nothing from it; and if
+    relay and receiver put together what they have, nothing is hidden either. privacy.sums = "masked" needs no relay.
+
+    Examples: p2pfl bench simulate --nodes 5000 --no-heal;  p2pfl bench he --size 1000000 --senders 4
     """
+    if what == "he":
+        _bench_relay_sum(size, senders, as_json)
+    elif what == "simulate":
+        _bench_engines(engine, nodes, rounds, heal, as_json)
+    else:
+        raise BadInput(f"there is no benchmark {what!r}{did_you_mean(what, ('simulate', 'he'))}")
+
+
+def _bench_relay_sum(size: int, senders: int, as_json: bool) -> None:
+    from p2pfl.sim.relay_sum import bench as measure
+
+    found = measure(size, senders)
+    if as_json:
+        _print_json(found)
+        return
+
+    def of(*keys: str) -> float:
+        return number(found, *keys) or 0.0
+
+    sys.stdout.write(
+        f"{senders} vectors of {size:,} values: a sender gives the relay {of('ciphertext_bytes') / 1e6:.3g} MB, "
+        f"{of('times_float32'):.1f} times float32, the relay gives the receiver as much, and the public key is "
+        f"{of('key_bytes') / 1e6:.2f} MB\n"
+        f"encrypting takes {of('seconds', 'encrypt'):.3g} s each, adding {of('seconds', 'add'):.3g} s, decrypting "
+        f"{of('seconds', 'decrypt'):.3g} s; all of it, over links between {senders + 2} processes here, "
+        f"{of('seconds', 'whole'):.3g} s\n"
+        f"the sum is off by {of('largest_error'):.1e} at most\n"
+        f"by pairwise masks: {of('masks', 'times_float32'):.0f} times float32, masking "
+        f"{of('masks', 'seconds', 'mask'):.3g} s each, reading the sum {of('masks', 'seconds', 'read'):.3g} s, off by "
+        f"{of('masks', 'largest_error'):.1e}\n"
+        "encrypting to the receiver alone would hide nothing from it: it is the relay, which must not put together "
+        "with the receiver what they have, that makes it mean something\n"
+    )
+
+
+def _bench_engines(engine: str, nodes: int, rounds: int, heal: bool, as_json: bool) -> None:
     _ask_for_huge_pages()
     from p2pfl.sim.bench import bench as measure
     from p2pfl.sim.bench import bench_lockstep
 
-    if what != "simulate":
-        raise BadInput(f"there is no benchmark {what!r}{did_you_mean(what, ('simulate',))}")
     if engine not in (*ENGINES, "both"):
         raise BadInput(f"--engine {engine!r} is not known{did_you_mean(engine, (*ENGINES, 'both'))}")
     found = measure(nodes, rounds, heal) if engine != "lockstep" else {}
@@ -494,6 +675,10 @@ def _print_summary(console: Console, summary: Mapping[str, Json], unit: str) -> 
         if mean is not None:
             table.add_row(key, f"{mean:.4f} (nodes from {low:.4f} to {high:.4f})")
     table.add_row("apart", f"{number(summary, 'consensus_distance') or 0.0:.3g} from their mean")
+    if (epsilon := number(summary, "epsilon", "max")) is not None:
+        level, delta = inside(summary, "epsilon", "unit"), number(summary, "epsilon", "delta") or 0.0
+        hides = "one row" if level == "example" else "the whole node"
+        table.add_row("privacy", f"ε {epsilon:.4g} at δ {delta:g}, {level}-level: it hides {hides}")
     sent = number(summary, "bytes", "sent") or 0.0
     table.add_row("cost", f"{number(summary, 'seconds') or 0.0:.1f} {unit}, {sent / 1e6:.1f} MB sent")
     rejected = summary["rejected"]
@@ -551,6 +736,11 @@ def topology(
     out: Annotated[Path | None, typer.Option(help="Write the graph: .graphml, .json, .edgelist or .csv.")] = None,
     max_degree: Annotated[int, typer.Option(min=1, help="plan: neighbours at a time, at most.")] = 4,
     survive: Annotated[int, typer.Option(min=0, help="plan: deaths that must not cut the graph.")] = 1,
+    noise: Annotated[
+        float | None, typer.Option(help="As privacy.noise, of updates: also say who gets to know how much of whom.")
+    ] = None,
+    mixings: Annotated[int | None, typer.Option(help="As privacy.mixings: rounds over which noise spreads.")] = None,
+    delta: Annotated[float | None, typer.Option(help="As privacy.delta.")] = None,
     show_list: Annotated[bool, typer.Option("--list", help="Name the generators.")] = False,
     settings: Settings = None,
     as_json: JsonFlag = False,
@@ -577,7 +767,16 @@ def topology(
     elif len(chosen) > 1:
         raise BadInput(f"one graph at a time, or: p2pfl topology compare {' '.join(chosen)}")
     else:
-        _show_topology(_read_topology(chosen[0], nodes, weights, parameters, settings or ()), plot, out, as_json)
+        privacy = _privacy_flags(noise, mixings, delta)
+        read_one = _read_topology(chosen[0], nodes, weights, parameters, settings or (), privacy)
+        _show_topology(read_one, plot, out, as_json)
+
+
+def _privacy_flags(noise: float | None, mixings: int | None, delta: float | None) -> dict[str, Toml]:
+    flags: dict[str, Toml] = {} if noise is None else {"privacy.dp": "update", "privacy.noise": noise}
+    if mixings is not None:
+        flags["privacy.mixings"] = mixings
+    return flags if delta is None else flags | {"privacy.delta": delta}
 
 
 @dataclass(frozen=True, slots=True)
@@ -589,16 +788,23 @@ class _Chosen:
     named: bool  # whether the weights were asked for
     masses: dict[str, float]
     parameters: int | None
+    privacy: PrivacySection
+    trainings: int  # in which noise is added
 
 
 def _read_topology(
-    graph: str, nodes: int | None, weights: str | None, parameters: int | None, settings: Sequence[str]
+    graph: str,
+    nodes: int | None,
+    weights: str | None,
+    parameters: int | None,
+    settings: Sequence[str],
+    privacy: Mapping[str, Toml] | None = None,
 ) -> _Chosen:
     """What the argument means: an experiment (also its name with .toml), a graph file, or a generator."""
     from p2pfl import topology as graphs
     from p2pfl.topology.files import READERS, names_in
 
-    flags: dict[str, Toml] = {}
+    flags: dict[str, Toml] = dict(privacy or {})
     if weights is not None:
         flags["topology.weights"] = weights
     if nodes is not None:
@@ -622,7 +828,13 @@ def _read_topology(
         raise BadInput("one node has nobody to average with: use --nodes 2 or more")
     built = graphs.build(section, experiment.seed)
     return _Chosen(
-        built, section.weighting, weights is not None, masses or dict.fromkeys(section.names, 1.0), parameters
+        built,
+        section.weighting,
+        weights is not None,
+        masses or dict.fromkeys(section.names, 1.0),
+        parameters,
+        experiment.privacy,
+        -(-experiment.train.rounds // experiment.privacy.mixings) if path.suffix == ".toml" else 1,
     )
 
 
@@ -644,25 +856,60 @@ def _implied_by(chosen: _Chosen) -> Implied:
     return implied(chosen.topology, chosen.weights, chosen.masses, chosen.parameters)
 
 
+def _exposure(chosen: _Chosen) -> Exposure | None:
+    """Who gets to know how much of whom, where noise is added to updates."""
+    from p2pfl.accountant import noise_for
+    from p2pfl.topology.exposure import exposure, not_computed
+
+    privacy, times = chosen.privacy, chosen.trainings
+    if privacy.dp != "update":
+        return None
+    if (why := not_computed(chosen.topology, chosen.weights)) is not None:
+        sys.stderr.write(f"note: {why}\n")
+        return None
+    noise = privacy.noise or noise_for(privacy.epsilon or 0.0, privacy.delta, 1.0, times)
+    return exposure(chosen.topology, chosen.weights, chosen.masses, noise, privacy.mixings, privacy.delta, times)
+
+
 def _show_topology(chosen: _Chosen, plot: Path | None, out: Path | None, as_json: bool) -> None:
     from p2pfl.topology import with_weights
     from p2pfl.topology.files import write
+    from p2pfl.topology.fit import some, without_masks
 
-    facts = _implied_by(chosen)
+    facts, exposed, unmasked = _implied_by(chosen), _exposure(chosen), without_masks(chosen.topology)
     if out is not None:
         write(with_weights(chosen.topology, chosen.weights, chosen.masses, chosen.named), out)
     if plot is not None:
         _draw_topology(chosen.topology, plot)
     if as_json:
-        _print_json(json.loads(json.dumps(facts)))
+        masked_sums = {"qualify": facts["nodes"] - len(unmasked), "not": list(unmasked)}
+        more = {"exposure": exposed} if exposed is not None else {}
+        _print_json(json.loads(json.dumps({**facts, "masked_sums": masked_sums, **more})))
         return
     table = Table(box=None, show_header=False, pad_edge=False)
     for what, value in _in_words(facts):
         table.add_row(what, value)
+    can = "all nodes" if not unmasked else f"{facts['nodes'] - len(unmasked)} of {facts['nodes']} nodes"
+    table.add_row("masked sums", can + (f"; not {some(unmasked)}" if 0 < len(unmasked) < facts["nodes"] else ""))
     console = Console()
     console.print(table)
+    if exposed is not None:
+        _show_exposure(console, exposed)
     for warning in facts["warnings"]:
         console.print(f"note: {warning}", highlight=False, soft_wrap=True)
+
+
+def _show_exposure(console: Console, exposed: Exposure) -> None:
+    from p2pfl.topology.exposure import in_words
+
+    lead, head, rows = in_words(exposed)
+    console.print(f"\n{lead}", highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    for column in head:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _draw_topology(topology: Topology, path: Path) -> None:
@@ -803,6 +1050,50 @@ def status(
         _print_json(as_object(found))
     else:
         show(Console(), found)
+
+
+# -- audit -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def audit(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, with what neighbours saw; several side by side.")],
+    shadows: Annotated[int, typer.Option(min=2, help="Models that are trained for comparison, for each sender.")] = 16,
+    as_json: JsonFlag = False,
+) -> None:
+    """Attack a run with what its neighbours saw: was a row trained on, and can it be read out of an update?
+
+    The run must have kept it: p2pfl simulate EXPERIMENT --set privacy.keep_seen=true (or up). What is found goes to
+    RUN/audit.json, and with `p2pfl report` into the page.
+
+    Example: p2pfl audit runs/plain runs/noise runs/sums
+    """
+    from p2pfl.audit import audit as attack
+    from p2pfl.findings import HEAD, METHOD, sentences
+    from p2pfl.findings import table as as_table
+    from p2pfl.report import labels
+
+    opened = [open_run(path) for path in runs]
+    founds: dict[str, Line] = {}
+    for run, label in zip(opened, labels(runs), strict=True):
+        if sys.stderr.isatty():
+            sys.stderr.write(f"attacking {run.path} …\n")
+        founds[label] = attack(run, shadows)
+        write_json(run.audit, founds[label])
+    if as_json:
+        _print_json({"runs": founds})
+        return
+    console = Console()
+    table = Table(box=None, pad_edge=False)
+    for head in HEAD:
+        table.add_column(head)
+    for row in as_table(founds):
+        table.add_row(*row)
+    console.print(table)
+    for label, found in founds.items():
+        said = "\n".join(f"  {sentence}" for sentence in sentences(found))
+        console.print(f"\n{label}\n{said}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\n{METHOD}", style="dim", highlight=False, soft_wrap=True)
 
 
 # -- report and export -----------------------------------------------------------------------------------------------

@@ -632,16 +632,17 @@ def validate(tree: Mapping[str, Toml], source: str) -> Experiment:
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
-        raise BadInput(f"{source}: {_explain(error)}") from None
+        raise BadInput(f"{source}: {explain(error, Experiment)}") from None
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, tree: type[BaseModel]) -> str:
+    """What is wrong with the file that should have been this tree, in one line."""
     errors = error.errors(include_url=False)
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])  # a misspelt key is also missing
     location = [str(part) for part in first["loc"]]
     where = ".".join(location)
     if first["type"] == "extra_forbidden":
-        fields = _fields_at(location[:-1])
+        fields = _fields_at(location[:-1], tree)
         return f"unknown key {where}{did_you_mean(location[-1], fields)}"
     if first["type"] == "literal_error":
         return f"{where} = {first['input']!r} is not one of {first['ctx']['expected']}"
@@ -650,8 +651,7 @@ def _explain(error: ValidationError) -> str:
     return f"{where}: {message}{given}" if where else message
 
 
-def _fields_at(location: Sequence[str]) -> list[str]:
-    model: type[BaseModel] = Experiment
+def _fields_at(location: Sequence[str], model: type[BaseModel]) -> list[str]:
     for part in location:
         if part == "faults":
             model = Fault

@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from p2pfl.accountant import Mechanism, quietly
 from p2pfl.config import Experiment, TrainSection
 from p2pfl.data import Part
 from p2pfl.messages import BadInput, Schema, Scores, TensorSpec, TrainingFailed
 from p2pfl.models import build, seeded
+from p2pfl.private import ExampleGradients, ExampleRound, try_out
 from p2pfl.rng import torch_seed
 
 EVALUATION_ROWS = 1024  # rows at once: bounds the memory of an evaluation, and costs nothing
@@ -58,11 +60,21 @@ class Learner(Protocol):
     def rate(self, round: int) -> float:
         """The learning rate of this round."""
 
-    def train(self, round: int, steer: Steer | None = None, relabel: Relabel | None = None) -> float:
+    def train(
+        self,
+        round: int,
+        steer: Steer | None = None,
+        relabel: Relabel | None = None,
+        private: ExampleRound | None = None,
+    ) -> float:
         """One round of local training; the mean loss over its rows. TrainingFailed if that is not finite.
 
-        `steer` is called before each step; `relabel` makes the answers wrong that are learnt.
+        `steer` is called before each step; `relabel` makes the answers wrong that are learnt; `private` draws the
+        batches, and clips and noises their gradients before anything else sees them.
         """
+
+    def loss(self) -> float:
+        """The mean loss over the own rows, without training."""
 
     def evaluate(self) -> Scores:
         """The model on the own test rows: "loss" and "accuracy" in [0, 1], or "loss" and "rmse"."""
@@ -275,21 +287,30 @@ class TorchLearner:
         """See `Learner.rate`."""
         return learning_rate(self.section, round)
 
-    def train(self, round: int, steer: Steer | None = None, relabel: Relabel | None = None) -> float:
+    def train(
+        self,
+        round: int,
+        steer: Steer | None = None,
+        relabel: Relabel | None = None,
+        private: ExampleRound | None = None,
+    ) -> float:
         """One round of local training; see `Learner.train`."""
         inputs, targets = self._train
         if relabel is not None:
             targets = relabel(targets, self._classes)
         lr = self.rate(round)
-        order = torch_seed(self._seed, "batches", self._name, round)
+        if private is None:
+            drawn = batches(self.samples, self.section, torch_seed(self._seed, "batches", self._name, round))
+            dropout = torch_seed(self._seed, "dropout", self._name, round)
+        else:
+            drawn, dropout = private.batches(self.samples, self.steps), private.dropout
         losses: list[tuple[Tensor, int]] = []
         self.module.train()
-        with seeded(torch_seed(self._seed, "dropout", self._name, round), self._device):
-            for rows in batches(self.samples, self.section, order):
+        with seeded(dropout, self._device):
+            for rows in drawn:
                 rows = rows.to(self._device)
                 self._grads.zero_()
-                loss = loss_of(self.module(inputs.index_select(0, rows)), targets.index_select(0, rows), "mean")
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss = self._backward(inputs.index_select(0, rows), targets.index_select(0, rows), private)
                 for stretch in self._stretches:
                     decay(stretch, self.section)
                 if steer is not None:
@@ -299,15 +320,47 @@ class TorchLearner:
                 losses.append((loss.detach(), len(rows)))
         self._check_views()
         self.rounds_done += 1
-        if not losses:  # train.local_steps = 0: only average
-            return self._loss_without_training()
-        mean = sum(loss.item() * rows for loss, rows in losses) / sum(rows for _, rows in losses)
+        learnt = sum(rows for _, rows in losses)
+        if not learnt:  # train.local_steps = 0: only average; or all that was drawn were empty batches
+            return self.loss()
+        mean = sum(loss.item() * rows for loss, rows in losses) / learnt
         if not math.isfinite(mean):
             raise TrainingFailed(diverged(mean, round, lr))
         return mean
 
+    def _backward(self, inputs: Tensor, targets: Tensor, private: ExampleRound | None) -> Tensor:
+        """Leave the gradient of these rows where the optimizer takes it; their mean loss."""
+        if private is None:
+            loss = loss_of(self.module(inputs), targets, "mean")
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+        rows = len(inputs)
+        total = self._grads.new_zeros(())
+        if rows:
+            total = loss_of(self.module(inputs), targets, "sum")
+            with quietly():  # torch wonders why nobody wants the gradient of the inputs
+                total.backward()  # type: ignore[no-untyped-call]
+        private.finish(rows)
+        return total.detach() / max(rows, 1)
+
+    def hide_rows(self, clip: float, mechanism: Mechanism, expected: int) -> ExampleGradients:
+        """Have the gradient of each row taken alone from now on, for an `ExampleRound` in each round.
+
+        BadInput for a model that does not allow it. `expected`: rows of a batch on average.
+        """
+        gradients = ExampleGradients(self.module, clip, mechanism, expected)
+        inputs, targets = self._train
+        try_out(self.module, gradients, inputs, lambda outputs, rows: loss_of(outputs, targets[:rows], "sum"))
+        return gradients
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """What it trains on: inputs and targets of all rows."""
+        return self._train
+
     @torch.no_grad()
-    def _loss_without_training(self) -> float:
+    def loss(self) -> float:
+        """The mean loss over the own rows, without training; see `Learner.loss`."""
         self.module.eval()
         pieces = zip(*(torch.split(part, EVALUATION_ROWS) for part in self._train), strict=True)
         return sum(loss_of(self.module(x), y, "sum").item() for x, y in pieces) / self.samples

@@ -400,6 +400,7 @@ class Trained:
     train_seconds: float
     evaluate_seconds: float
     spent: Spent | None = None  # where privacy is accounted for: up to and with this round
+    budget_spent: bool = False  # for the first time it has not trained, since that would exceed privacy.max_epsilon
 
 
 @dataclass(frozen=True, slots=True)

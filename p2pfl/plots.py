@@ -60,6 +60,7 @@ SCALE = ("#f3e6a2", "#57a3a0", "#1f3b73")  # of values: light is least
 
 WIDTH = 10.0  # inches, of every figure
 PANEL_HEIGHT = 3.1  # inches, of a panel with curves
+SQUARE = 3.9  # inches, of one whose two axes are alike
 LEFT, GAP, BOTTOM, TOP, RIGHT = 0.9, 0.35, 0.6, 0.45, 0.3  # inches around and between the panels
 TEXT, TITLE = 8.5, 12.0  # points
 ROW = 13.0  # points from one line of small text to the next
@@ -110,6 +111,20 @@ class Mark:
     grave: bool = True  # the node is gone: red
 
 
+@dataclass(frozen=True)
+class Attack:
+    """How well a guess of yes or no does, as shares of the yes that are found at evenly spaced shares of false alarms.
+
+    All curves begin at no false alarm, and end where everything is taken for a yes.
+    """
+
+    name: str
+    hits: Sequence[float]
+    each: Sequence[Sequence[float]] = ()  # of its parts, drawn thinly
+    most: Sequence[float] = ()  # what no attack can exceed …
+    most_name: str = ""  # … and how that is called
+
+
 # -- Curves ----------------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +139,13 @@ def curves(traces: Sequence[Trace], marks: Sequence[Mark], score: str) -> Figure
     elif last:
         title += f": {show(score, last[0])} at the end"
     return _curve_figure(traces, marks, title, _score_axis(score), score, mean=True)
+
+
+def spent(traces: Sequence[Trace], unit: str) -> Figure:
+    """What privacy has cost every node, up to and with each round; `unit`: example or update."""
+    last = _last_values(traces)
+    title = f"ε spent, {unit}-level" + (f": at most {max(last):.3g}" if last else "")
+    return _curve_figure(traces, (), title, f"ε, {unit}-level", "epsilon", mean=False)
 
 
 def compare(traces: Sequence[Trace], score: str) -> Figure:
@@ -209,6 +231,43 @@ def compare_topologies(curves: Mapping[str, tuple[Sequence[float], float]], para
         _draw_falling(axes, found, label)
         _draw_end_labels(axes, late)
         _draw_foot_labels(axes, feet[label])
+    return figure
+
+
+def attacks(panels: Mapping[str, Sequence[Attack]], title: str) -> Figure:
+    """Receiver operating characteristics, one panel for each heading, side by side; the diagonal is guessing."""
+    width = (WIDTH - LEFT - RIGHT - GAP * (len(panels) - 1)) / len(panels)
+    height = min(width, SQUARE)
+    figure = _figure(TOP + ROW / POINTS + height + BOTTOM, _plain(title, len(title)))
+    for number, (heading, found) in enumerate(panels.items()):
+        axes = _panel(figure, LEFT + number * (width + GAP), BOTTOM, width, height)
+        axes.set_title(heading, fontsize=TEXT, color=INK, loc="left")
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("other rows that are taken for training rows (%)")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+        if number == 0:
+            axes.set_ylabel("training rows that are recognised (%)")
+        else:
+            axes.tick_params(labelleft=False)
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.0, linestyle=(0, (5, 3)), zorder=2)
+        key = []
+        for index, attack in enumerate(found):
+            colour, dash = _style(index)
+            for part in attack.each:
+                axes.plot(np.linspace(0, 1, len(part)), part, color=QUIET, linewidth=0.8, zorder=3)
+            alarms = np.linspace(0, 1, len(attack.hits))
+            wide = 2.2 + 1.3 * (len(found) - 1 - index)  # so that of two that lie on each other both are seen
+            axes.plot(alarms, attack.hits, color=colour, linestyle=dash, linewidth=wide, zorder=5)
+            key.append((_plain(attack.name, MARK_LENGTH), colour))
+            if attack.most:
+                most = np.linspace(0, 1, len(attack.most))
+                axes.plot(most, attack.most, color=colour, linewidth=1.4, linestyle=(0, (1, 1.2)), zorder=4)
+                key.append((_plain(attack.most_name, MARK_LENGTH), colour))
+        for row, (text, colour) in enumerate(reversed(key)):  # below the diagonal, where no curve of use runs
+            place = (0.985, (0.5 + row) * ROW / (height * POINTS))
+            axes.text(*place, text, transform=axes.transAxes, ha="right", va="bottom", color=colour, fontsize=TEXT)
     return figure
 
 

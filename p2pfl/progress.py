@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from p2pfl.messages import printable
-from p2pfl.records import Json, Line, is_number, number
+from p2pfl.records import Json, Line, inside, is_number, number
 
 REDRAW = 0.1  # seconds between two drawings of the table
 # Events that need no line of their own.
@@ -35,6 +35,7 @@ LOUD = {
     "records_failed",
     "records_incomplete",
     "displaced",
+    "budget_spent",
 }
 
 
@@ -142,6 +143,8 @@ class Progress:
         sent = sum(number(entry, "bytes", "sent") or 0.0 for entry in ended)
         seconds = max(number(entry, "seconds", "total") or 0.0 for entry in ended)
         scores = "  ".join(f"{key} {_spread([_mixed(entry, key) for entry in ended])}" for key in _keys(ended))
+        if spent := [value for entry in ended if (value := _spent(entry)) is not None]:
+            scores += f"  ε {max(spent):.3f} ({inside(ended[0], 'epsilon', 'unit')})"
         self._say(
             f"round {round + 1:>{len(str(self._rounds))}}/{self._rounds}  {scores}  "
             f"merged {merged}/{merged + missing}  sent {sent / 1e6:.2f} MB  {seconds * 1000:.0f} ms"
@@ -158,17 +161,21 @@ class Progress:
         for key in keys:
             table.add_column(key, justify="right")
         table.add_column("consensus", justify="right")
+        units = {str(inside(line, "epsilon", "unit")) for line in self._newest.values() if _spent(line) is not None}
+        if units:
+            table.add_column(f"ε ({', '.join(sorted(units))})", justify="right")
         table.add_column("")
         for name, note in self._notes.items():
             line = self._newest.get(name)
             note = f"[red]{self._gone[name]}[/red]" if name in self._gone else escape(note)
             if line is None:
-                table.add_row(name, "–", *["–"] * (len(keys) + 1), note)
+                table.add_row(name, "–", *["–"] * (len(keys) + 1 + bool(units)), note)
                 continue
             scores = [_show(_mixed(line, key)) for key in keys]
             consensus = number(line, "consensus")
             round = int(number(line, "round") or 0) + 1
-            table.add_row(name, f"{round}/{self._rounds}", *scores, _show(consensus), note)
+            spent = [_show(_spent(line))] if units else []
+            table.add_row(name, f"{round}/{self._rounds}", *scores, _show(consensus), *spent, note)
         return table
 
 
@@ -217,6 +224,10 @@ def describe(line: Mapping[str, Json]) -> str:
             return f"{peer} {line['event']}"
         case "left":
             return f"{peer or 'this node'} left"
+        case "budget_spent":
+            spent, delta = number(line, "spent") or 0.0, number(line, "delta") or 0.0
+            what = f"has spent its {line.get('unit')}-level privacy (ε {spent:.3f} at δ {delta:g})"
+            return f"{what}: it trains no more, and goes on mixing"
         case event:
             rest = {k: v for k, v in line.items() if k not in ("t", "node", "event")}
             return " ".join([str(event), *(f"{key}={printable(str(value))}" for key, value in rest.items())])
@@ -239,6 +250,11 @@ def _keys(lines: Sequence[Mapping[str, Json]]) -> list[str]:
 
 def _mixed(line: Mapping[str, Json], key: str) -> float | None:
     return number(line, "mixed", key)
+
+
+def _spent(line: Mapping[str, Json]) -> float | None:
+    """ε up to and with this round."""
+    return number(line, "epsilon", "spent")
 
 
 def _count(lines: Sequence[Mapping[str, Json]], key: str) -> int:

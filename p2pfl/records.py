@@ -2,6 +2,7 @@
 
     RUN/experiment.toml · topology.json · summary.json · audit.json · report.html
     RUN/nodes/NAME/metrics.jsonl · events.jsonl · checkpoint/ · model.safetensors · seen.safetensors
+    RUN/nodes/NAME/disclosure.json
 
 Decides the form of a line and of the summary. Promises never to interpret a tensor, a clock or a socket, and never to
 fail on a line that a killed process left half written.
@@ -22,7 +23,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TypeGuard
 
-from p2pfl.messages import NAME_PATTERN, BadInput, Happened, RoundEnded, check_name
+from p2pfl.messages import NAME_PATTERN, BadInput, Computed, Happened, RoundEnded, Spent, Value, check_name
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 Line = dict[str, Json]  # one line of a .jsonl file
@@ -233,6 +234,7 @@ class NodeRecords:
         self.checkpoint = folder / "checkpoint"
         self.model = folder / "model.safetensors"
         self.seen = folder / "seen.safetensors"  # what came of the neighbours last, where privacy.keep_seen asks for it
+        self.disclosure = folder / "disclosure.json"  # what leaves this node, as it was when it started
         self.control = folder / "control"  # names the socket of the running node
         self.damaged = 0  # lines that the reads so far have skipped
         self._open: dict[Path, FileIO] = {}
@@ -303,7 +305,7 @@ def round_line(
     `t` is in unix seconds, `total_seconds` the whole round on the wall clock, `sent` and `received` the bytes on the
     socket in this round.
     """
-    return {
+    line: Line = {
         "t": t,
         "node": node,
         "epoch": epoch,
@@ -324,6 +326,41 @@ def round_line(
         },
         "bytes": {"sent": sent, "received": received},
     }
+    spent = ended.trained.spent
+    return line if spent is None else line | {"epsilon": _spent(spent)}
+
+
+def _spent(spent: Spent) -> Line:
+    """What privacy has cost a node, up to and with a round."""
+    return {"unit": spent.unit, "spent": spent.epsilon, "rdp": spent.rdp, "prv": spent.prv, "delta": spent.delta}
+
+
+def most_spent(last_metrics: Mapping[str, Mapping[str, Json]]) -> Line | None:
+    """What privacy has cost the node that it has cost most; None where nothing is accounted for.
+
+    "delta" is the largest of all: the two hold for every node.
+    """
+    lines = [line for line in last_metrics.values() if number(line, "epsilon", "spent") is not None]
+    if not lines:
+        return None
+    most = max(lines, key=lambda line: number(line, "epsilon", "spent") or 0.0)
+    return {
+        "unit": inside(most, "epsilon", "unit"),
+        "max": number(most, "epsilon", "spent"),
+        "delta": max(number(line, "epsilon", "delta") or 0.0 for line in lines),
+        "rdp": number(most, "epsilon", "rdp"),
+        "prv": number(most, "epsilon", "prv"),
+    }
+
+
+def budget_event(computed: Computed) -> Happened | None:
+    """What is recorded when the privacy budget of a node is spent, at the first round in which it does not train."""
+    trained = computed.trained
+    if trained is None or trained.spent is None or not trained.budget_spent:
+        return None
+    spent = trained.spent
+    fields: dict[str, Value] = {"round": computed.round, "unit": spent.unit, "spent": spent.epsilon}
+    return Happened("budget_spent", fields | {"delta": spent.delta})
 
 
 def _shortened(values: Sequence[float]) -> list[float]:
@@ -390,7 +427,7 @@ def summarise(
         "consensus_distance": consensus_distance,
         "bytes": {"sent": sent, "received": received},
         "rejected": dict(sorted(rejected.items())),
-        "epsilon": None,
+        "epsilon": most_spent(last_metrics),
         "contraction": dict(contraction),
         "topology": dict(topology),
     }

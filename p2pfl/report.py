@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from html import escape
@@ -17,18 +17,43 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from p2pfl import config, plots
+from p2pfl import config, findings, plots
 from p2pfl.analysis import Comparison, compare_contraction
+from p2pfl.disclosure import Disclosure, from_json, page
 from p2pfl.messages import BadInput, printable
 from p2pfl.plots import Mark, Trace, show, show_bytes, show_seconds
-from p2pfl.records import Json, Line, count_rejected, inside, is_number, number, open_run, read_json, words, write_text
+from p2pfl.records import (
+    Json,
+    Line,
+    Run,
+    count_rejected,
+    inside,
+    is_number,
+    number,
+    open_run,
+    read_json,
+    words,
+    write_text,
+)
 from p2pfl.topology import build
+from p2pfl.topology.exposure import Exposure, exposure, in_words, noise_of, not_computed
 from p2pfl.topology.implied import implied
 
 SCORES_SHOWN = 5  # scores that get a picture of their own
 ROWS_OPEN = 40  # rows of a table that is not folded away
 EVENTS_SHOWN = 300  # rows of the timeline
 NONE = "–"
+AUDIT = "audit"  # the name of its picture
+NAMES = ("graph", "consensus", "time", "bytes", "compare", "epsilon", AUDIT)  # of pictures that are of no score
+# Whose presence ε hides.
+HIDDEN = {
+    "example": "Example-level ε hides one row: whether any single row was among those that the node trained on.",
+    "update": "Update-level ε hides the whole node: whether it learnt anything at all, and so all of its rows.",
+}
+PROMISE = (
+    "Whoever reads all that the node has sent can tell it with odds that are at most exp(ε) times what they were, but "
+    "for a probability of δ. Both bounds of the accountants hold (RDP and PRV); the curve is the smaller one."
+)
 
 # What an event of one node says about the end of a node, and the word for it. A fault of the experiment goes first.
 OWN_END = {"killed": "killed", "left": "left"}
@@ -71,6 +96,9 @@ class History:
     damaged: int  # lines that could not be read
     start: float  # unix seconds at which the first round began
     shared: str  # which part of the models is averaged, in words
+    disclosures: tuple[Disclosure, ...]  # what leaves each node that started here; none, where it was simulated
+    audit: Line  # what `p2pfl audit` found; empty: nobody has asked
+    exposure: Exposure | None  # who gets to know how much of whom; None where no noise is put on updates
 
     @cached_property
     def scores(self) -> list[str]:
@@ -130,7 +158,41 @@ def read_history(path: Path, label: str) -> History:
         damaged=damaged,
         start=min(begins, default=0.0),
         shared=_shared(experiment),
+        disclosures=tuple(_disclosures(run, nodes)),
+        audit=read_json(run.audit),
+        exposure=_exposure(experiment, nodes),
     )
+
+
+def _disclosures(run: Run, nodes: Sequence[NodeHistory]) -> Iterator[Disclosure]:
+    """What left each node, as it was foreseen, with the bytes and the ε that were counted."""
+    for node in nodes:
+        foreseen = from_json(read_json(run.node(node.name).disclosure))
+        if foreseen is None:
+            continue
+        sent = round(node.total("bytes", "sent")) if node.lines else None
+        spent = number(node.rounds[-1], "epsilon", "spent") if node.lines else None
+        noise = foreseen.noise if spent is None or foreseen.noise is None else replace(foreseen.noise, epsilon=spent)
+        yield replace(foreseen, sent=sent, noise=noise)
+
+
+def _exposure(experiment: config.Experiment | None, nodes: Sequence[NodeHistory]) -> Exposure | None:
+    """What one curious node got to know of the others' updates, were all nodes there to the end.
+
+    By the least noise that any node added, as it follows from what that has spent.
+    """
+    lines = [node.rounds[-1] for node in nodes if node.lines]
+    spent = max((number(line, "epsilon", "rdp") or 0.0 for line in lines), default=0.0)
+    if experiment is None or experiment.privacy.dp != "update" or not experiment.topology.is_drawn or not spent:
+        return None
+    section, privacy = experiment.topology, experiment.privacy
+    built = build(section, experiment.seed)
+    if not_computed(built, section.weighting) is not None:
+        return None
+    trainings = -(-(1 + max(map(_round, lines))) // privacy.mixings)
+    noise = noise_of(spent, privacy.delta, trainings)
+    ones = dict.fromkeys(built.names, 1.0)  # weights that keep the mean ask for no mass
+    return exposure(built, section.weighting, ones, noise, privacy.mixings, privacy.delta, trainings)
 
 
 def _ended(nodes: Sequence[NodeHistory], summary: Line, condemned: set[str]) -> dict[str, str]:
@@ -317,12 +379,18 @@ def pictures(history: History) -> list[Picture]:
     received = {node.name: node.total("bytes", "received") for node in active}
     caption = "Counted at the sockets over the whole run, with everything that encryption and framing add."
     found.append(Picture("bytes", plots.bytes_figure(sent, received, history.rounds), caption))
+    traces = [_trace(history, node, "epsilon", "spent") for node in active]
+    traces = [Trace(t.name, {"round": t.along["round"]}, t.values, t.goes_on) for t in traces]
+    if unit := _unit(history):
+        found.append(Picture("epsilon", plots.spent(traces, unit), f"{HIDDEN[unit]} {PROMISE}"))
+    if (attacks := findings.picture({history.label: history.audit})) is not None:
+        found.append(Picture(AUDIT, attacks, findings.CAPTION))
     return found
 
 
 def _file_name(score: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9_-]+", "-", score)[:40]
-    return f"score-{plain}" if plain in ("graph", "consensus", "time", "bytes", "compare", "") else plain
+    return f"score-{plain}" if plain in (*NAMES, "") else plain
 
 
 def _trace(history: History, node: NodeHistory, *keys: str) -> Trace:
@@ -500,10 +568,17 @@ def _facts(history: History) -> list[tuple[str, str]]:
     facts.append(("refused", ", ".join(f"{code} × {times}" for code, times in rejected.items()) or "nothing"))
     epsilon, delta = number(summary, "epsilon", "max"), number(summary, "epsilon", "delta")
     if epsilon is not None:
-        facts.append(("privacy ε", f"{epsilon:.3g}" + ("" if delta is None else f" at δ = {delta:.1g}")))
+        what = {"example": ", hides one row", "update": ", hides the whole node"}.get(_unit(history), "")
+        facts.append((f"privacy ε{what}", f"{epsilon:.3g}" + ("" if delta is None else f" at δ = {delta:.1g}")))
     if history.damaged:
         facts.append(("unreadable lines", f"{history.damaged}, left out"))
     return facts
+
+
+def _unit(history: History) -> str:
+    """Whose presence the ε of this run hides: example or update; empty where nothing is accounted for."""
+    units = {str(inside(line, "epsilon", "unit")) for node in history.nodes for line in node.rounds[-1:]}
+    return next((unit for unit in HIDDEN if unit in units), "")
 
 
 def _rejected(history: History) -> dict[str, int]:
@@ -619,6 +694,7 @@ STYLE = """
 body { margin: 0 auto; max-width: 68rem; padding: 2rem 1.25rem 4rem; background: var(--surface); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif }
 h1 { font-size: 1.6rem; margin: 0; overflow-wrap: anywhere } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem }
+h3 { font-size: 1rem; margin: 1.25rem 0 .25rem } ul { margin: 0; max-width: 60rem }
 .lead { font-size: 1.15rem; max-width: 46rem; margin: .5rem 0 1.5rem } .note, figcaption { color: var(--muted) }
 figcaption, .note { font-size: .9rem; max-width: 60rem }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(14rem, 40%), 1fr)); gap: .75rem 1.5rem;
@@ -694,7 +770,7 @@ def _page(histories: Sequence[History], drawn: Sequence[Sequence[Picture]], comp
             body += _picture_html(compared, "compare")
         else:
             body += '<p class="note">The runs share no score, so there is no picture that compares them.</p>'
-        body += _compare_table(histories)
+        body += _compare_table(histories) + _compare_audits(histories)
         for number_, (history, found) in enumerate(zip(histories, drawn, strict=True)):
             body += f"<h2>{_text(history.label)}</h2>"
             body += f'<p class="note">{_text(headline(history))}</p>'
@@ -719,10 +795,13 @@ def _run_html(history: History, found: Sequence[Picture], prefix: str) -> str:
         f'<p class="lead">{_text(headline(history))}</p>',
         _list(_facts(history)),
         *([f"<h2>Personal models</h2><p>{_text(personal(history))}</p>"] if personal(history) else []),
-        *(_picture_html(picture, f"{prefix}-{index}") for index, picture in enumerate(found)),
+        *(_picture_html(picture, f"{prefix}-{index}") for index, picture in enumerate(found) if picture.name != AUDIT),
+        *_audit_html(history, [picture for picture in found if picture.name == AUDIT], prefix),
         "<h2>Nodes</h2>",
         '<p class="note">local: the node\'s model before mixing; mixed: after it; both on its own held-out rows.</p>',
         _folded(f"{len(rows)} nodes", _table(head, rows, gone, "numbers"), opened=len(rows) <= ROWS_OPEN),
+        *_exposure_html(history),
+        *_disclosures_html(history),
         "<h2>Events</h2>",
         _table(columns, notable[:EVENTS_SHOWN]) if notable else '<p class="note">Nothing out of the ordinary.</p>',
         _folded(f"{len(routine)} routine events", _table(columns, routine[:EVENTS_SHOWN]), opened=False),
@@ -738,6 +817,51 @@ def _run_html(history: History, found: Sequence[Picture], prefix: str) -> str:
         last = datetime.fromtimestamp(max(ends), timezone.utc)
         parts.append(f'<p class="note">Last record: {last:%Y-%m-%d %H:%M:%S} UTC.</p>')
     return "\n".join(parts)
+
+
+def _exposure_html(history: History) -> list[str]:
+    """Who gets to know how much of whom, by their distance in the graph."""
+    if history.exposure is None:
+        return []
+    lead, head, rows = in_words(history.exposure)
+    return ["<h2>Who gets to know how much of whom</h2>", f"<p>{_text(lead)}</p>", _table(head, rows, kind="numbers")]
+
+
+def _disclosures_html(history: History) -> list[str]:
+    """What left each node, one page a node, folded away where there are several."""
+    if not history.disclosures:
+        return []
+    parts = ["<h2>What left each node</h2>"]
+    for disclosure in history.disclosures:
+        said = "".join(
+            f"<h3>{_text(heading)}</h3><ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul>"
+            for heading, lines in page(disclosure)
+        )
+        parts.append(_folded(disclosure.node, said, opened=len(history.disclosures) == 1))
+    return parts
+
+
+def _audit_html(history: History, found: Sequence[Picture], prefix: str) -> list[str]:
+    """What attacks on this run have found; empty where there were none."""
+    if not history.audit:
+        return []
+    return [
+        f"<h2>{findings.TITLE}</h2>",
+        *(f"<p>{_text(sentence)}</p>" for sentence in findings.sentences(history.audit)),
+        *(_picture_html(picture, f"{prefix}-{AUDIT}") for picture in found),
+        _table(findings.HEAD, findings.table({history.label: history.audit})),
+        f'<p class="note">{_text(findings.METHOD)}</p>',
+    ]
+
+
+def _compare_audits(histories: Sequence[History]) -> str:
+    """What attacks have found in several runs, side by side; empty with fewer than two."""
+    founds = {history.label: history.audit for history in histories if history.audit}
+    if len(founds) < 2:
+        return ""
+    figure = findings.picture(founds)
+    drawn = "" if figure is None else _picture_html(Picture(AUDIT, figure, findings.CAPTION), f"compare-{AUDIT}")
+    return f"<h2>{findings.TITLE}</h2>{drawn}{_table(findings.HEAD, findings.table(founds))}"
 
 
 def _compare_table(histories: Sequence[History]) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -34,9 +35,12 @@ from p2pfl.checkpoint import Checkpoint
 from p2pfl.config import BY_ROWS, Experiment
 from p2pfl.control import Control, forget
 from p2pfl.data import Part
+from p2pfl.disclosure import Disclosure, as_json
 from p2pfl.envelope import MASKED, NO_BASE, WHOLE, Lease, Sealed, Sealer
 from p2pfl.identity import Identity, Roster
+from p2pfl.inventory import disclose, planned_noise
 from p2pfl.learner import Learner, make_learner
+from p2pfl.ledger import open_ledger
 from p2pfl.link import Greeting, Link
 from p2pfl.masks import MaskMaker, Words, gathering_number, read_sum
 from p2pfl.messages import (
@@ -70,7 +74,8 @@ from p2pfl.messages import (
 )
 from p2pfl.mixing import check_vector
 from p2pfl.node import Node, Settings
-from p2pfl.records import Line, NodeRecords, event_line, round_line
+from p2pfl.policy import EVERYTHING, Allowance, Policy
+from p2pfl.records import Line, NodeRecords, budget_event, event_line, number, round_line, write_json
 from p2pfl.replicas import Replicas, whole
 from p2pfl.topology import Topology, describe, neighbourhoods, partners, wiring
 from p2pfl.topology.fit import check_graph
@@ -314,6 +319,7 @@ class Runtime:
         self._norms = Norms(norm, sums=node.settings.schedule == "push-sum")
         self._own_norm = norm
         self._last_norms: dict[str, float] = {}
+        self._may_stand_still = False  # those whose privacy budget is spent train no more: they lawfully agree
         self._save_next = False
         self._states: SimpleQueue[Checkpoint] = SimpleQueue()  # from the compute thread, for the disk
         self._writer = checkpoint.Writer(records.checkpoint, experiment, self._wake)
@@ -328,6 +334,8 @@ class Runtime:
         self._lost_lines = 0  # of the records, which the disk did not take
         self._asked_to_leave = False
         self._leave_told = False
+        self.allowance = Allowance(EVERYTHING, 0, 0)  # what the owner of this node lets it send
+        self.stopped = ""  # why it left before its rounds were done, if the owner does not let it go on
         self._new_roster: Callable[[], Roster] | None = None
         self._control: Control | None = None
         self._roster_changed = False
@@ -436,11 +444,15 @@ class Runtime:
                 self._handle(outcome, threads)
                 continue
             self._own_norm = outcome.norm
+            trained = outcome.computed.trained
+            self._may_stand_still = trained is not None and trained.spent is not None
             if outcome.no_sum:
                 self.record(Happened("no_sum", {"round": outcome.computed.round - 1, "why": outcome.no_sum}))
             if isinstance(outcome.computed.update, Packed):
                 self._newest_base = outcome.computed.update.base
-            self._handle(outcome.computed, threads)
+            if (told := budget_event(outcome.computed)) is not None:
+                self.record(told)
+            self._handle(self._within_hours(outcome.computed), threads)
         if self._asked_to_leave and not self._leave_told:
             self._leave_told = True
             self._handle(Leave(), threads)
@@ -465,6 +477,29 @@ class Runtime:
                 self.record(Happened("checkpoint_failed", {"round": written.round, "why": written.failure}))
             else:
                 self.record(Happened("checkpoint", {"round": written.round}))
+
+    # -- What its owner allows ---------------------------------------------------------------------------------------
+
+    def _within_policy(self, job: Compute) -> Compute:
+        """The job; only its first half, mixing, with the state kept, where the round after it must not be sent."""
+        why = self.allowance.forbids(datetime.now(), self.link.bytes_sent) if job.train else ""
+        if not why:
+            return job
+        self._stop(job.round, why)
+        self._save_next = True
+        return replace(job, train=False)
+
+    def _within_hours(self, computed: Computed) -> Computed:
+        """What was computed; without the update, where the hours in which it may be sent have ended meanwhile."""
+        why = self.allowance.policy.forbids(datetime.now(), 0, 0) if computed.update is not None else ""
+        if not why:
+            return computed
+        self._stop(computed.round, why)
+        return replace(computed, trained=None, update=None)
+
+    def _stop(self, round: int, why: str) -> None:
+        self.stopped = why
+        self.record(Happened("policy", {"round": round, "why": why}))
 
     def _give_way(self, epoch: int) -> None:
         """A later process of this identity takes part: end, without a goodbye, which would be taken for one of both."""
@@ -493,6 +528,7 @@ class Runtime:
                 if self._round_began is None:
                     self._round_began = time.monotonic()
                 self._before_round(effect.round)
+                effect = self._within_policy(effect)
                 self.link.round = effect.round
                 save = self._save if self._save_next else None
                 self._submit(threads, partial(self._worker.compute, effect, save, bool(self.link.lacking)))
@@ -605,6 +641,8 @@ class Runtime:
         why = ""
         if norm == 0.0:
             why = "a model of zeros"
+        elif self._may_stand_still:
+            return
         elif norm == self._own_norm:
             why = "our own model"
         elif again:
@@ -672,17 +710,27 @@ def assemble(
     resume: bool,
     observe: Callable[[Line], None],
     before_round: Callable[[int], None] = lambda round: None,
+    policy: Policy = EVERYTHING,
 ) -> Runtime:
     """Build and connect everything of one participant: this function is the architecture.
 
     `neighbours` are those known by name: the ones that `topology` ever joins to this node, or, without a topology, the
     first ones, since then whoever of the roster connects is one too. The node listens at once and dials when it runs.
-    BadInput for whatever cannot be built.
+    BadInput for whatever cannot be built, or is not allowed by `policy`, before a socket is opened.
     """
     if topology is not None:
         check_graph(experiment, topology)
     learner = make_learner(experiment, part, identity.name)
-    trainer = Trainer(learner, experiment, identity.name, varies=topology is not None and topology.varies)
+    varies = topology is not None and topology.varies
+    privacy = policy.stricter(experiment.privacy)
+    ledger = open_ledger(records.folder) if privacy.dp != "none" else None
+    trainer = Trainer(learner, experiment, identity.name, varies=varies, privacy=privacy, ledger=ledger)
+    roster = policy.admitted(roster, identity.name)
+    noise = planned_noise(privacy, learner, experiment.train.rounds)
+    leaving = disclose(experiment, trainer, learner, identity.name, topology, roster, part.train.classes, noise)
+    allowance = _allowance(policy, experiment, leaving, roster, records)
+    records.folder.mkdir(parents=True, exist_ok=True)
+    write_json(records.disclosure, as_json(leaving))
     start = trainer.start if trainer.differences else None  # before the own one goes on from a checkpoint
     facts = _facts(experiment, topology, learner, part)
     agreed = hashlib.sha256("\n".join(f"{key} = {value}" for key, value in sorted(facts.items())).encode()).digest()
@@ -748,14 +796,31 @@ def assemble(
     for dial in dials:
         link.dial(dial.address, () if dial.name is None else (dial.name,))
     runtime = Runtime(node, link, worker, records, replicas, agreed, epoch, norm, observe, before_round)
+    runtime.allowance = allowance
     runtime.address_book.update({m.card.name: m.addresses[0] for m in roster.members if m.addresses})
     runtime.record(Happened("started", {"rows": learner.samples, "round": settings.first_round}))
     if found.damaged:
         files = tuple(f"{path.name}: {why}" for path, why in found.damaged.items())
         runtime.record(Happened("checkpoint_damaged", {"files": files, "lost": found.lost}))
-    for note in learner.notes:
+    for note in trainer.notes:
         runtime.record(Happened("note", {"why": note}))
     return runtime
+
+
+def _allowance(
+    policy: Policy, experiment: Experiment, leaving: Disclosure, roster: Roster, records: NodeRecords
+) -> Allowance:
+    """What the owner of this node lets it send from here on; BadInput if it is nothing."""
+    for objection in policy.objections(experiment, leaving.schema, [member.name for member in roster.members]):
+        raise BadInput(f"the policy: {objection}")
+    lines = records.read_metrics()
+    planned = math.ceil(leaving.round_bytes)
+    # A process that ended may have sent a part of a round of which it wrote no line.
+    before = sum(int(number(line, "bytes", "sent") or 0) for line in lines)
+    before += planned * len({number(line, "epoch") for line in lines})
+    if why := policy.forbids(datetime.now(), before, planned):
+        raise BadInput(f"the policy: {why}")
+    return Allowance(policy, before, planned)
 
 
 def common_settings(experiment: Experiment) -> Settings:

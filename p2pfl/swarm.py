@@ -40,7 +40,7 @@ from p2pfl.runtime import assemble, leave_on_signals
 from p2pfl.topology import Topology
 from p2pfl.topology.fit import check_graph
 from p2pfl.topology.implied import implied
-from p2pfl.trainer import aggregator_of, is_personal, runs_of
+from p2pfl.trainer import Trainer, aggregator_of, is_personal, runs_of
 from p2pfl.weights import mass
 
 HOST = "127.0.0.1"
@@ -133,6 +133,9 @@ def prepare(experiment: Experiment, run: Run) -> Ground:
     aggregator_of(experiment)  # each node would say by itself that the user's function is not there
     if experiment.mix.shared != ("*",) or experiment.mix.norms == "own":
         runs_of(experiment, make_learner(experiment, parts[graph.names[0]], graph.names[0]))
+    if experiment.privacy.dp != "none":  # refused once, if at all; and what it imports is shared by all that are forked
+        first = graph.names[0]
+        Trainer(make_learner(experiment, parts[first], first), experiment, first, varies=graph.varies)
     masses = {name: mass(weights, len(part.train)) for name, part in parts.items()}
     write_text(run.experiment, to_toml(experiment))
     write_json(run.topology, _json(topology.node_link(graph, weights, masses)))

@@ -24,11 +24,13 @@ from p2pfl import mixing, rules
 from p2pfl.asynchronous import OUTSTANDING
 from p2pfl.attacks import ATTACKS, flip_labels
 from p2pfl.compression import DIFFERENCES, GAMMA, Codec, step
-from p2pfl.config import LABEL_FLIP, VECTOR_LIES, Experiment, TrainSection, did_you_mean
+from p2pfl.config import LABEL_FLIP, VECTOR_LIES, Experiment, PrivacySection, TrainSection, did_you_mean
 from p2pfl.data import import_function
 from p2pfl.learner import TorchLearner
+from p2pfl.ledger import Ledger, simulated_ledger
 from p2pfl.messages import LAST, BadInput, Compute, Folded, Schema, Scores, Trained
 from p2pfl.mixing import RULES, Probe, Rule, clip, distance_to_mean, fold, nearest_neighbour_mixing
+from p2pfl.private import ExampleRound, Privacy, Randomness, blur, digest
 from p2pfl.rng import stream, torch_seed
 from p2pfl.rules import Recipe
 
@@ -139,6 +141,11 @@ def gamma_of(experiment: Experiment, varies: bool) -> float:
     return mix.gamma or (GAMMA[mix.compress] if sends_differences(experiment, varies) else 1.0)
 
 
+def trains_in(experiment: Experiment, round: int) -> bool:
+    """Whether nodes train in this round, and not only mix: the first of each `privacy.mixings`."""
+    return round % experiment.privacy.mixings == 0
+
+
 def is_evaluated(train: TrainSection, round: int) -> bool:
     """Whether nodes look at their test rows in this round."""
     return (round + 1) % train.evaluate_every == 0 or round == train.rounds - 1
@@ -206,8 +213,21 @@ def shared_runs(schema: Schema, patterns: Sequence[str], kept: frozenset[str]) -
 class Trainer:
     """A learner, the rule, and what the rule remembers. Used by one thread at a time."""
 
-    def __init__(self, learner: TorchLearner, experiment: Experiment, name: str, *, varies: bool) -> None:
-        """`varies`: whether the graph changes from round to round. BadInput for a rule that does not fit the model."""
+    def __init__(
+        self,
+        learner: TorchLearner,
+        experiment: Experiment,
+        name: str,
+        *,
+        varies: bool,
+        privacy: PrivacySection | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        """`varies`: whether the graph changes from round to round. `privacy`: this node's own; the experiment's, if not
+        given. `ledger`: where what it costs is written down; without one, it is as in a simulation.
+
+        BadInput for a rule, or a privacy, that does not fit the model.
+        """
         self.learner = learner
         self._experiment = experiment
         self._name = name
@@ -244,6 +264,34 @@ class Trainer:
         self._absorbed: dict[str, Tensor] = {}  # peer → (S,): that sum as it came last
         if experiment.mix.schedule == "push-sum":
             self._running = vector.new_zeros(self.size)
+        section = experiment.privacy if privacy is None else privacy
+        self._private: Privacy | None = None
+        if section.dp != "none":
+            self._private = Privacy(
+                section,
+                rows=learner.samples,
+                batch_size=experiment.train.batch_size,
+                steps=learner.steps,
+                rounds=sum(trains_in(experiment, round) for round in range(experiment.train.rounds)),
+                ledger=simulated_ledger(experiment.seed, name) if ledger is None else ledger,
+            )
+        self._gradients = None
+        if self._private is not None and section.dp == "example":
+            self._gradients = learner.hide_rows(section.clip, self._private.mechanism, self._private.expected)
+        # What the outcome of training depends on, beside the state; see `ledger`.
+        self._settings: dict[str, str | int] = {} if self._private is None else self._fixed(section)
+        self._budget_told = False
+        self.notes = learner.notes if self._private is None else (*learner.notes, self._private.note)
+
+    def _fixed(self, section: PrivacySection) -> dict[str, str | int]:
+        rows = dict(zip(("inputs", "targets"), self.learner.rows, strict=True))
+        return {
+            **self._experiment.agreement(),
+            "own": section.model_dump_json(),
+            "rows": digest({}, rows).hex(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),  # sums come out otherwise with others
+        }
 
     @property
     def averages(self) -> bool:
@@ -271,21 +319,54 @@ class Trainer:
 
     def train(self, job: Compute, clock: Callable[[], float]) -> Trained:
         """One round of local training, and what is then to be sent. Where push-sum says so, the vector goes another
-        part of the way. `clock` gives seconds. TrainingFailed if the loss is not finite."""
+        part of the way. `clock` gives seconds. TrainingFailed if the loss is not finite, or if what the round costs of
+        privacy cannot be written down. In a round that only mixes, or that would cost too much, the vector stays."""
         learner, vector = self.learner, self.learner.vector
         begin = clock()
+        random, trains = None, trains_in(self._experiment, job.round)
+        if self._private is not None and trains and learner.steps:
+            random = self._private.begin(job.round, self._context(job.round))
+            trains = random is not None
         rules.begin(self._recipe, self._memory, vector)
         self._rate, self._steps = learner.rate(job.round), learner.steps
-        start = vector.clone() if job.step != 1.0 else None
-        steered = bool(self._memory) and self._steps > 0
-        relabel = flip_labels if LABEL_FLIP in lies_in(self._experiment, self._name, job.round) else None
-        loss = learner.train(job.round, self._steer if steered else None, relabel)
-        if start is not None:
+        blurred = random is not None and self._gradients is None
+        start = vector.clone() if blurred or job.step != 1.0 else None
+        loss = self._learn(job.round, random) if trains else learner.loss()
+        if start is not None and random is not None and self._gradients is None:
+            self._blur(start, random)
+        if start is not None and job.step != 1.0:
             vector.sub_(start).mul_(job.step).add_(start)
         self._put_out(job)
         trained_at = clock()
         scores = learner.evaluate() if is_evaluated(self._experiment.train, job.round) else NO_SCORES
-        return Trained(loss, scores, trained_at - begin, clock() - trained_at)
+        spent = None if self._private is None else self._private.spent
+        exhausted = self._private is not None and self._private.exhausted and not self._budget_told
+        self._budget_told |= exhausted
+        return Trained(loss, scores, trained_at - begin, clock() - trained_at, spent, exhausted)
+
+    def _learn(self, round: int, random: Randomness | None) -> float:
+        """Take the local steps; their mean loss."""
+        steered = bool(self._memory) and self._steps > 0
+        relabel = flip_labels if LABEL_FLIP in lies_in(self._experiment, self._name, round) else None
+        private = None
+        if self._gradients is not None and random is not None:
+            private = ExampleRound(self._gradients, random)
+        return self.learner.train(round, self._steer if steered else None, relabel, private)
+
+    def _blur(self, start: Tensor, random: Randomness) -> None:
+        """Clip and noise what training did to the shared part; the rest of the model leaves nowhere."""
+        assert self._private is not None
+        vector, section = self.learner.vector, self._private.section
+        change = blur(self._gather(vector - start, None), section.clip, self._private.mechanism.sigma, random)
+        self._scatter(self._gather(start, None).add_(change), vector)
+
+    def _context(self, round: int) -> bytes:
+        """All that the outcome of this round depends on, in 32 bytes: equal only for the very same training."""
+        assert self._private is not None
+        words: dict[str, str | int] = {"round": round, **self._settings}
+        if self.learner.vector.device.type != "cpu":  # whose sums may come out otherwise a second time
+            words["attempt"] = self._private.attempts
+        return digest(words, self.state())
 
     def _steer(self, grads: Tensor, values: Tensor) -> None:
         rules.steer(self._recipe, self._memory, grads, values, self._rate, self._steps)

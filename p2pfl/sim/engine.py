@@ -51,6 +51,7 @@ from p2pfl.messages import (
     Value,
 )
 from p2pfl.node import ANTI_ENTROPY, Node, Settings
+from p2pfl.records import budget_event
 from p2pfl.rng import stream
 from p2pfl.sim import world
 from p2pfl.sim.faults import (
@@ -476,6 +477,8 @@ class Engine:
     def _computed(self, life: Life, due: float) -> None:
         if life.runs and due == life.job_due and life.outcome is not None:
             outcome, life.job, life.outcome = life.outcome, None, None
+            if isinstance(outcome, Computed) and (told := budget_event(outcome)) is not None:
+                self._say(life, told.event, **told.fields)
             self._handle(life, outcome)
 
     def _keep(self, life: Life, saved: Saved, number: int, pause: float) -> None:

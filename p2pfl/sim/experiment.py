@@ -21,6 +21,7 @@ from torch import Tensor
 from p2pfl import config
 from p2pfl.config import MESSAGE_LIES, Experiment
 from p2pfl.learner import TorchLearner, make_learner
+from p2pfl.ledger import Ledger, simulated_ledger
 from p2pfl.masks import fixed
 from p2pfl.messages import Compute, Folded, Happened, RoundEnded, Trained, TrainingFailed
 from p2pfl.mixing import Probe
@@ -63,10 +64,14 @@ def simulate(
 
     sums = experiment.privacy.sums == "masked"
 
+    ledgers: dict[str, Ledger] = {}
+
     def make_worker(_: Scenario, name: str) -> ModelWorker:
         learner = make_learner(experiment, ground.parts[name], name)
         seen = run.node(name).seen if experiment.privacy.keep_seen else None
-        return ModelWorker(Trainer(learner, experiment, name, varies=ground.graph.varies), probe, seen, sums)
+        ledger = ledgers.setdefault(name, simulated_ledger(experiment.seed, name))  # which outlives its processes
+        trainer = Trainer(learner, experiment, name, varies=ground.graph.varies, ledger=ledger)
+        return ModelWorker(trainer, probe, seen, sums)
 
     engine = Engine(scenario_of(experiment, ground), make_node, make_worker, observe=recorder.record)
     try:
@@ -251,7 +256,7 @@ class Recorder:
                 self.lives[life.name] = life
                 self._rounds_ended.pop(life.name, None)
                 self._happened(life, Happened("started", {"rows": learner.samples, **fields}), now)
-                for note in learner.notes:
+                for note in _trainer(life).notes:
                     self._happened(life, Happened("note", {"why": note}), now)
             case Happened(event):
                 if event == "finished":
@@ -286,6 +291,10 @@ class Recorder:
         self._observe(line)
 
 
-def _learner(life: Life) -> TorchLearner:
+def _trainer(life: Life) -> Trainer:
     assert isinstance(life.worker, ModelWorker)
-    return life.worker.learner
+    return life.worker.trainer
+
+
+def _learner(life: Life) -> TorchLearner:
+    return _trainer(life).learner

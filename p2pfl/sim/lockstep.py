@@ -79,6 +79,9 @@ def check(experiment: Experiment) -> None:
     if experiment.network.staleness != 0:
         what = f"network.staleness = {experiment.network.staleness!r} lets nodes come out of step"
         raise BadInput(f"{what}, which lockstep does not: use --engine event")
+    if experiment.privacy.dp != "none":
+        what = f"privacy.dp = {experiment.privacy.dp!r} draws its batches and its noise node by node"
+        raise BadInput(f"{what}, which lockstep does not: use --engine event")
     masks.check(experiment)
 
 

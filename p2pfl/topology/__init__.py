@@ -4,6 +4,7 @@
     files       graphs in files                         matrix      the mixing matrix of a graph
     fastest     the best symmetric weights              implied     what graph and weights imply
     fit         whether a graph is one for the rule     plan        which graph to take
+    exposure    who gets to know how much of whom
 
 A graph comes from a generator's name, from a file, or edge by edge. All members compute the same one from the same
 section and seed, without talking. Nothing here trains or sends.
