@@ -75,7 +75,7 @@ def _of_the_bound(found: Line) -> list[str]:
         f"clever, has an advantage above {bound:.3g}. The stronger of the two here has {gain:.2g} ({low:.2g} to "
         f"{high:.2g})"
     )
-    if high < bound:
+    if low > bound:
         return [promise + ": above the bound. The noise is not what it is said to be."]
     return [
         promise + (": below the bound." if gain <= bound else ": not above the bound, as far as the rows can tell.")

@@ -21,8 +21,9 @@ from the sums of the senders' messages and of their own fresh randomness, and fr
 CKKS is approximate: a sum is off by 1e-8 or so, and what it is off by follows from the secret key. Who sees decrypted
 values in full and the ciphertext as well can compute the key (Li and Micciancio, On the Security of Homomorphic
 Encryption on Approximate Numbers, 2021). The relay has the ciphertexts, and what a receiver decrypts goes on into the
-models that it sends to it. So `decrypt` gives multiples of 2^-16 only, 1000 times as coarse as the error, and a pair of
-keys is for one sum. That is no proof: noise of the receiver's own, as by privacy.dp, would be one.
+models that it sends to it. So `decrypt` gives multiples of 2^-16 only, hundreds of times as coarse as the error, and a
+pair of keys is for one sum. That is no proof, which asks for noise on what is decrypted (Li, Micciancio,
+Schultz and Sorrell, Securing Approximate Homomorphic Encryption Using Differential Privacy, 2022).
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def read_public(public: bytes) -> Context:
         ours = _parameters(context) == _our_parameters() and context.global_scale == SCALE
     except (ValueError, RuntimeError) as error:
         raise BadMessage("bad_key", f"a public key that cannot be read: {error}") from None
-    if not ours or context.is_private() or not context.has_public_key():
-        raise BadMessage("bad_key", "a public key of other parameters, without its public part, or with its secret one")
+    if not ours or not context.has_public_key():
+        raise BadMessage("bad_key", "parameters that are not ours, or no public key with them")
     return context
 
 

@@ -80,7 +80,10 @@ class Randomness:
 
 
 class ExampleGradients:
-    """Gradients of a module in which no row weighs more than the clipping norm, with noise: those of one node."""
+    """Gradients of a module in which no row weighs more than the clipping norm, with noise: those of one node.
+
+    A step holds the gradient of each row of its batch: as many times the parameters' memory as there are rows.
+    """
 
     def __init__(self, module: nn.Module, clip: float, mechanism: Mechanism, expected: int) -> None:
         """`expected`: rows in a batch on average. The module is watched by Opacus from now on.
@@ -270,7 +273,7 @@ class Privacy:
         section, (sigma, q) = self.section, (self.mechanism.sigma, self.mechanism.q)
         share = f" on {self._steps} steps a round, each of {q:.3g} of the rows" if self.unit == "example" else ""
         limit = "" if self.limit is None else f", until epsilon is {self.limit:g}"
-        scaled = ", but for its number of rows and the scaling of its columns" if self.unit == "example" else ""
+        scaled = ", not how many there are, nor what scales their columns" if self.unit == "example" else ""
         before = f"; {self.spent.epsilon:.3g} is spent already" if self._ledger.charges else ""
         return (
             f"{self.unit}-level privacy hides {HIDES[self.unit]}{scaled}: noise of {sigma:.4g} times the clipping norm "
@@ -282,8 +285,15 @@ class Privacy:
 
         `context`: all that its outcome depends on. TrainingFailed if the charge cannot be written down.
         """
-        name = self._ledger.name(context)
-        charge = Charge(round, name, self.unit, *_pair(self.mechanism), self._steps, self.section.delta)
+        charge = Charge(
+            round=round,
+            release=self._ledger.name(context),
+            unit=self.unit,
+            sigma=self.mechanism.sigma,
+            q=self.mechanism.q,
+            steps=self._steps,
+            delta=self.section.delta,
+        )
         if not self._ledger.holds(charge):
             after = self._accountant.after(self.mechanism, self._steps)
             if self.limit is not None and after.epsilon > self.limit * (1 + ROUNDING):
@@ -298,10 +308,6 @@ class Privacy:
     def attempts(self) -> int:
         """How many rounds were charged so far."""
         return len(self._ledger.charges)
-
-
-def _pair(mechanism: Mechanism) -> tuple[float, float]:
-    return mechanism.sigma, mechanism.q
 
 
 def digest(words: Mapping[str, str | int], tensors: Mapping[str, Tensor]) -> bytes:

@@ -2,7 +2,7 @@
 
     RUN/experiment.toml · topology.json · summary.json · audit.json · report.html
     RUN/nodes/NAME/metrics.jsonl · events.jsonl · checkpoint/ · model.safetensors · seen.safetensors
-    RUN/nodes/NAME/disclosure.json
+    RUN/nodes/NAME/disclosure.json · privacy.jsonl and privacy.key (see `ledger`)
 
 Decides the form of a line and of the summary. Promises never to interpret a tensor, a clock or a socket, and never to
 fail on a line that a killed process left half written.

@@ -34,13 +34,15 @@ from p2pfl.control import forget
 from p2pfl.data import Part, load_part, load_parts
 from p2pfl.identity import Identity, Member, Roster
 from p2pfl.learner import make_learner
+from p2pfl.ledger import simulated_ledger
 from p2pfl.messages import BadInput, Schema, TrainingFailed
+from p2pfl.private import check_layers
 from p2pfl.records import Json, Line, Run, inside, summarise, write_json, write_text
 from p2pfl.runtime import assemble, leave_on_signals
 from p2pfl.topology import Topology
 from p2pfl.topology.fit import check_graph
 from p2pfl.topology.implied import implied
-from p2pfl.trainer import Trainer, aggregator_of, is_personal, runs_of
+from p2pfl.trainer import aggregator_of, is_personal, privacy_of, runs_of
 from p2pfl.weights import mass
 
 HOST = "127.0.0.1"
@@ -122,6 +124,17 @@ def check_lies(experiment: Experiment, parts: Mapping[str, Part]) -> None:
             )
 
 
+def check_privacy(experiment: Experiment, part: Part, name: str) -> None:
+    """BadInput, once, for what each node would refuse by itself; and what it imports is shared by all that are forked.
+
+    A gradient is not tried: a process that has computed one on an accelerator must not fork.
+    """
+    learner = make_learner(experiment, part, name)
+    privacy_of(experiment, experiment.privacy, learner, simulated_ledger(experiment.seed, name))
+    if experiment.privacy.dp == "example":
+        check_layers(learner.module)
+
+
 def prepare(experiment: Experiment, run: Run) -> Ground:
     """Build the graph, share out the rows, and write both down. BadInput for what is wrong with the experiment."""
     graph, weights = topology.build(experiment.topology, experiment.seed), experiment.topology.weighting
@@ -133,9 +146,8 @@ def prepare(experiment: Experiment, run: Run) -> Ground:
     aggregator_of(experiment)  # each node would say by itself that the user's function is not there
     if experiment.mix.shared != ("*",) or experiment.mix.norms == "own":
         runs_of(experiment, make_learner(experiment, parts[graph.names[0]], graph.names[0]))
-    if experiment.privacy.dp != "none":  # refused once, if at all; and what it imports is shared by all that are forked
-        first = graph.names[0]
-        Trainer(make_learner(experiment, parts[first], first), experiment, first, varies=graph.varies)
+    if experiment.privacy.dp != "none":
+        check_privacy(experiment, parts[graph.names[0]], graph.names[0])
     masses = {name: mass(weights, len(part.train)) for name, part in parts.items()}
     write_text(run.experiment, to_toml(experiment))
     write_json(run.topology, _json(topology.node_link(graph, weights, masses)))

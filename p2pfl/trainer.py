@@ -146,6 +146,25 @@ def trains_in(experiment: Experiment, round: int) -> bool:
     return round % experiment.privacy.mixings == 0
 
 
+def privacy_of(
+    experiment: Experiment, section: PrivacySection, learner: TorchLearner, ledger: Ledger
+) -> Privacy | None:
+    """What hides this learner's rows, as `section` asks for it; None if it asks for nothing, or if nothing is learnt.
+
+    BadInput as `Privacy`.
+    """
+    if section.dp == "none" or learner.steps == 0:
+        return None
+    return Privacy(
+        section,
+        rows=learner.samples,
+        batch_size=experiment.train.batch_size,
+        steps=learner.steps,
+        rounds=sum(trains_in(experiment, round) for round in range(experiment.train.rounds)),
+        ledger=ledger,
+    )
+
+
 def is_evaluated(train: TrainSection, round: int) -> bool:
     """Whether nodes look at their test rows in this round."""
     return (round + 1) % train.evaluate_every == 0 or round == train.rounds - 1
@@ -265,16 +284,8 @@ class Trainer:
         if experiment.mix.schedule == "push-sum":
             self._running = vector.new_zeros(self.size)
         section = experiment.privacy if privacy is None else privacy
-        self._private: Privacy | None = None
-        if section.dp != "none":
-            self._private = Privacy(
-                section,
-                rows=learner.samples,
-                batch_size=experiment.train.batch_size,
-                steps=learner.steps,
-                rounds=sum(trains_in(experiment, round) for round in range(experiment.train.rounds)),
-                ledger=simulated_ledger(experiment.seed, name) if ledger is None else ledger,
-            )
+        ledger = simulated_ledger(experiment.seed, name) if ledger is None else ledger
+        self._private = privacy_of(experiment, section, learner, ledger)
         self._gradients = None
         if self._private is not None and section.dp == "example":
             self._gradients = learner.hide_rows(section.clip, self._private.mechanism, self._private.expected)
@@ -324,7 +335,7 @@ class Trainer:
         learner, vector = self.learner, self.learner.vector
         begin = clock()
         random, trains = None, trains_in(self._experiment, job.round)
-        if self._private is not None and trains and learner.steps:
+        if self._private is not None and trains:
             random = self._private.begin(job.round, self._context(job.round))
             trains = random is not None
         rules.begin(self._recipe, self._memory, vector)

@@ -22,6 +22,7 @@ from p2pfl.ledger import Ledger
 from p2pfl.messages import BadInput, Compute, Trained
 from p2pfl.private import ExampleRound, Randomness, blur
 from p2pfl.records import create_run, number, read_json
+from p2pfl.report import _facts, pictures, read_history
 from p2pfl.sim import lockstep
 from p2pfl.sim.experiment import simulate
 from p2pfl.trainer import Term, Trainer, trains_in
@@ -339,6 +340,13 @@ def test_who_has_spent_the_budget_trains_no_more_and_says_so_once(settings: tupl
     assert moved == [True, True, False, False] and said == [False, False, True, False]
 
 
+@pytest.mark.parametrize("settings", [EXAMPLE, UPDATE])
+def test_who_only_averages_learns_nothing_and_spends_nothing(settings: tuple[str, ...]) -> None:
+    trainer = trainer_of(experiment_of(*settings, "train.local_steps=0"))
+    before = trainer.learner.vector.clone()
+    assert train(trainer, 0).spent is None and torch.equal(trainer.learner.vector, before)
+
+
 def test_a_node_may_be_stricter_than_the_experiment() -> None:
     own = PrivacySection(dp="example", noise=4.0, delta=1e-3, clip=0.1)
     for settings in ((), EXAMPLE):
@@ -469,6 +477,11 @@ def test_every_line_and_the_summary_say_what_was_spent_and_of_which_kind(
     other = {"example": "update-level", "update": "example-level"}[unit]
     text = "".join(path.read_text() for path in run.path.rglob("*.jsonl"))
     assert f"{unit}-level" in text and other not in text
+    history = read_history(run.path, "run")
+    (curve,) = [picture for picture in pictures(history) if picture.name == "epsilon"]
+    assert {"example": "hides one row", "update": "hides the whole node"}[unit] in curve.caption
+    (most,) = [value for what, value in _facts(history) if what.startswith("privacy ε, hides")]
+    assert most == f"{max(max(costs) for costs in spent.values()):.3g} at δ = 0.001"
 
 
 def accuracy(name: str, seed: int, folder: Path) -> tuple[float, float | None]:
