@@ -62,11 +62,16 @@ class MaskMaker:
         """See `gathering_number`."""
         return gathering_number(self._federation, receiver, gathering)
 
-    def part(self, vector: Floats, weight: float, receiver: str, gathering: Gathering) -> Words:
-        """This node's part of the sum, (P,) words, from its vector (P,). BadMessage if it is not among the senders."""
+    def part(
+        self, vector: Floats, weight: float, receiver: str, gathering: Gathering, out: Words | None = None
+    ) -> Words:
+        """This node's part of the sum, (P,) words, from its vector (P,); in `out`, if that is given.
+
+        BadMessage if it is not among the senders, ValueError for a vector that does not fit.
+        """
         if self.key not in gathering.keys:
             raise BadMessage("bad_gathering", f"{self.key.name} is not among the senders")
-        part = fixed(vector, weight)
+        part = fixed(vector, weight, out)
         digest = _digest(self._federation, receiver, gathering)
         for other in gathering.keys:
             if other.name != self.key.name:
@@ -105,9 +110,9 @@ def _combine(part: Words, stream: Cipher[CTR], operation: np.ufunc) -> None:
         operation(piece, mask[: len(piece)], out=piece)
 
 
-def fixed(vector: Floats, weight: float) -> Words:
-    """rint(2^16 w x) of a vector (P,), as words mod 2^32; ValueError for one that does not fit."""
-    part = np.empty(len(vector), dtype=np.uint32)
+def fixed(vector: Floats, weight: float, out: Words | None = None) -> Words:
+    """rint(2^16 w x) of a vector (P,), as words mod 2^32, in `out` if given; ValueError for one that does not fit."""
+    part = np.empty(len(vector), dtype=np.uint32) if out is None else out
     for start in range(0, len(vector), SLICE):
         scaled = np.multiply(vector[start : start + SLICE], weight * UNITS, dtype=np.float64)
         np.rint(scaled, out=scaled)

@@ -125,6 +125,7 @@ class Worker:
         self._sealer = sealer
         self._masks = masks
         self._sums = Norms(0.0)  # of the sums that were mixed
+        self._part: Words | None = None  # of somebody's sum, until it is sealed
         self._seen = seen
         unknown = trainer.differences and (resumed or not trainer.starts_alike)
         self._base: int | None = None if unknown else NO_BASE  # round of the last update; None: send a whole one
@@ -171,8 +172,10 @@ class Worker:
         """
         assert self._masks is not None
         vector = self._trainer.public.detach().cpu().numpy()
+        if self._part is None:  # made once: fresh memory for 100 MB costs as much as masking it
+            self._part = np.empty(len(vector), dtype=np.uint32)
         try:
-            part = self._masks.part(vector, job.weight, job.peer, job.gathering)
+            part = self._masks.part(vector, job.weight, job.peer, job.gathering, self._part)
         except BadMessage as error:
             return Rejected(job.peer, error.code, error.why)
         except ValueError as error:

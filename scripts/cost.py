@@ -93,8 +93,11 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "experiment" else "right")
     exchange: dict[str, float] = {}  # ms of a round that are not learning
     wanted = [case for case in CASES if not sys.argv[1:] or any(word in case[0] for word in sys.argv[1:])]
-    for name, experiment, words in wanted:
-        found = [measure(experiment, *words) for _ in range(REPEATS)]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name, *_ in wanted}
+    for _ in range(REPEATS):  # by turns, so that whatever else the machine does falls on all of them
+        for name, experiment, words in wanted:
+            runs[name].append(measure(experiment, *words))
+    for name, found in runs.items():
         exchange[name] = statistics.median(run["network"] for run in found)
         cells = []
         for key in ("round", "network", "seconds", "memory"):
