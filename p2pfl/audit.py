@@ -27,7 +27,6 @@ from safetensors.torch import load_file
 from scipy.special import betaincinv  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from p2pfl.composition import LEAST_SENDERS
 from p2pfl.config import Experiment, MixSection, PrivacySection, load
 from p2pfl.data import Dataset, Part, load_parts
 from p2pfl.disclosure import advantage as implied_bound
@@ -483,7 +482,7 @@ def audit(run: Run, shadows: int = SHADOWS) -> Line:
             attack: _attacked({name: found[index] for name, found in tries.items()}, experiment.seed)
             for index, attack in enumerate(("loss", "shadow"))
         },
-        "inversion": _inverted(experiment, parts),
+        "inversion": _inverted(experiment, parts, min(sight.senders for sight in sights)),
     }
 
 
@@ -592,16 +591,11 @@ def _measured(trials: Sequence[Trial], random: np.random.Generator) -> Line:
     }
 
 
-def _inverted(experiment: Experiment, parts: Mapping[str, Part]) -> Line | None:
-    """What can be read out of one step, without any protection and with that of this experiment."""
-    senders = LEAST_SENDERS if experiment.privacy.sums == "masked" else 1
+def _inverted(experiment: Experiment, parts: Mapping[str, Part], senders: int) -> Line | None:
+    """What can be read out of one step: without any protection, and as this experiment sends it, in sums of so many."""
     bare = experiment.model_copy(update={"privacy": PrivacySection()})
     plain, own = inversion(bare, parts, 1), inversion(experiment, parts, senders)
     if plain is None or own is None:
         return None
-    return {
-        "rows": ROWS_INVERTED,
-        "senders": senders,
-        "unprotected": dict(plain._asdict()),
-        "as_run": dict(own._asdict()),
-    }
+    found = {"unprotected": dict(plain._asdict()), "as_run": dict(own._asdict())}
+    return {"rows": ROWS_INVERTED, "senders": senders, **found}

@@ -1085,10 +1085,11 @@ def audit(
         return
     console = Console()
     table = Table(box=None, pad_edge=False)
-    for head in HEAD:
-        table.add_column(head)
-    for row in as_table(founds):
-        table.add_row(*row)
+    rows = as_table(founds)
+    for title in (HEAD[0], *(row[0] for row in rows)):
+        table.add_column(title)
+    for place, head in enumerate(HEAD[1:], start=1):
+        table.add_row(head, *(row[place] for row in rows))
     console.print(table)
     for label, found in founds.items():
         said = "\n".join(f"  {sentence}" for sentence in sentences(found))

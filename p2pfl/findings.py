@@ -127,7 +127,8 @@ def table(founds: Mapping[str, Line]) -> list[list[str]]:
         row += [_shown(_estimate(found, attack, "advantage")) if attack else NONE]
         row += [NONE if bound is None else f"{bound:.3g}"]
         reading, count = _reading(found, "as_run"), number(found, "inversion", "rows")
-        row += [NONE if reading is None or count is None else f"{reading[1] * count:.0f} of {count:.0f}"]
+        whose = ", not whose" if (number(found, "inversion", "senders") or 1) > 1 else ""
+        row += [NONE if reading is None or count is None else f"{reading[1] * count:.0f} of {count:.0f}{whose}"]
         rows.append(row)
     return rows
 

@@ -8,11 +8,12 @@ asked again in the same round, and nobody answers twice: the difference of two s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from p2pfl.composition import LEAST_SENDERS
 from p2pfl.messages import BadMessage, Gathering, MaskKey, Update
 
+MAX_MISSED = 3  # rounds in which nobody could be asked, until one gives again although one's vector is older
 NOTHING = Gathering(-1, 1.0, 1.0, False, ())
 
 
@@ -25,6 +26,9 @@ class Gatherings:
         self.asked = NOTHING  # what this node asked for last
         self.gives = True  # whether it can be asked: not while its vector is older than the others'
         self.stale_share = 0.0  # and then: what its own vector counts beside the first mean that it gets
+        self.under_way = 0  # parts that are being made
+        self._missed = 0  # rounds in a row with nobody to ask, while this node could not be asked, either
+        self._share_before = -1.0  # with its last sum it came back, and this is what `stale_share` was; -1: it did not
         self._asks: dict[str, Gathering] = {}  # peer → what it asked for last, and was not given yet
         self._answered: dict[str, int] = {}  # peer → the newest round of which it was given something
         self._sent: dict[str, Update] = {}  # peer → that
@@ -39,7 +43,11 @@ class Gatherings:
     def ask(self, round: int, mass: float, reach: float, names: Iterable[str]) -> Gathering:
         """Fix who is in the sum of this round: these, or nobody if they are too few to hide among."""
         keys = tuple(self.keys[name] for name in sorted(names))
-        self.asked = Gathering(round, mass, reach, self.gives, keys if len(keys) >= LEAST_SENDERS else ())
+        enough = len(keys) >= LEAST_SENDERS
+        self._missed = 0 if enough or self.gives else self._missed + 1
+        if self._missed >= MAX_MISSED:
+            self.is_back()  # or two that are behind, and need each other, would wait for each other for ever
+        self.asked = Gathering(round, mass, reach, self.gives, keys if enough else ())
         return self.asked
 
     def came(self, peer: str, asks: Gathering) -> None:
@@ -48,33 +56,38 @@ class Gatherings:
         if not names:
             self._asks.pop(peer, None)
             return
-        if len(names) < LEAST_SENDERS or list(names) != sorted(set(names)) or peer in names:
-            why = (
-                f"a sum of {', '.join(names)}: it takes {LEAST_SENDERS} or more, each once, in order, {peer} not among"
-            )
-            raise BadMessage("bad_gathering", why)
+        if len(names) < LEAST_SENDERS or peer in names:
+            why = f"it takes {LEAST_SENDERS} senders or more, {peer} not among them"
+            raise BadMessage("bad_gathering", f"a sum of {', '.join(names)}: {why}")
         if self.own in asks.keys:  # or it speaks of a process of ours that has ended, or of others only
             self._asks[peer] = asks
 
-    def due(self, round: int) -> list[tuple[str, Gathering]]:
-        """Who is to be given what it asked for of this round, sorted by name; from now on it counts as given.
+    def drop(self, peer: str) -> None:
+        """What the peer asks is not to be answered."""
+        self._asks.pop(peer, None)
+
+    def due(self, round: int, linked: Container[str]) -> list[tuple[str, Gathering]]:
+        """Who of those `linked` is to be given what it asked for of this round, sorted; from now on it counts as given.
 
         Not even a peer that has started again is given a second sum of one round. What is asked of later rounds stays
         to be answered.
         """
         due = []
         for peer, asks in sorted(self._asks.items()):
-            if asks.round > round:
+            if asks.round > round or (asks.round == round and peer not in linked):
                 continue
             del self._asks[peer]
             if asks.round == round and self._answered.get(peer, -1) < round:
                 self._answered[peer] = round
                 due.append((peer, asks))
+        self.under_way += len(due)
         return due
 
-    def sent(self, peer: str, update: Update) -> None:
-        """This was given to the peer."""
-        self._sent[peer] = update
+    def made(self, peer: str, update: Update | None) -> None:
+        """The peer's part is made, and given; None: nothing came of it."""
+        self.under_way -= 1
+        if update is not None:
+            self._sent[peer] = update
 
     def newest(self, peer: str) -> Update | None:
         """What was given to the peer last: a broken link may have lost it."""
@@ -91,5 +104,11 @@ class Gatherings:
         self.gives, self.stale_share = False, share
 
     def is_back(self) -> None:
-        """The own vector has come to where the others' are."""
-        self.gives, self.stale_share = True, 0.0
+        """The own vector has come to where the others' are, as far as one can know."""
+        self._share_before = -1.0 if self.gives else self.stale_share
+        self.gives, self.stale_share, self._missed = True, 0.0, 0
+
+    def was_not_mixed(self) -> None:
+        """The last sum was no use: who came back with it is not back."""
+        if self._share_before >= 0:
+            self.is_behind(self._share_before)

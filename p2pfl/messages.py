@@ -411,6 +411,7 @@ class Computed:
     folded: Folded | None  # None before the first round
     trained: Trained | None  # None after the last round
     update: object | None  # the sealed update, opaque to the node
+    no_sum: str = ""  # why what came as one sum was not folded
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,7 +431,8 @@ class Concealed:
     """`Conceal` is done."""
 
     job: Conceal
-    update: object  # sealed, opaque to the node
+    update: object | None  # sealed, opaque to the node; None: there is none, since what was asked is wrong …
+    why: str = ""  # … in this way
 
 
 @dataclass(frozen=True, slots=True)

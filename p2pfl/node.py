@@ -127,7 +127,10 @@ class Settings:
     staleness: float = 0  # rounds that a neighbour may be behind without being waited for; inf: nobody is waited for
     schedule: str = "sync"  # of the others, "pairwise", "gossip" and "push-sum", none has rounds in common
     partners: Partners | None = None  # (round, linked) → who gets its update
-    mask_key: MaskKey | None = None  # of this process, where nodes learn only sums of their neighbours' vectors
+    mask_key: MaskKey | None = None  # of this process, where nodes learn only sums of their neighbours' vectors …
+    # … and who may be in a sum: (those who live, receiver) → its neighbours. None: any member, where no graph is known.
+    senders: Callable[[tuple[str, ...], str], Sequence[str]] | None = None
+    stale: bool = False  # after a resume: its vector is no model of any round
     join_timeout: float = 60.0
     heartbeat: float = 1.0
     silence: float = 6.0
@@ -251,6 +254,8 @@ class Node:
         self._own_updates: list[OwnUpdate] = []
         self._exchanges = Exchanges() if settings.schedule == "pairwise" else None
         self._gatherings = None if settings.mask_key is None else Gatherings(settings.mask_key)
+        if self._gatherings is not None and settings.stale:
+            self._gatherings.is_behind(0.0)
         self._trained: Trained | None = None
         self._took_part = settings.first_round > 0  # its vector holds something of others'
         self._folds_late = settings.drift <= 1 and not (settings.two_way or self._push_sum)
@@ -275,6 +280,8 @@ class Node:
             case Phase.DONE:
                 return None
             case Phase.COMPUTING:
+                return self._next_heartbeat
+            case Phase.COLLECTING if self._gives_still():
                 return self._next_heartbeat
             case Phase.JOINING | Phase.COLLECTING:
                 awaited = self._awaited()
@@ -393,6 +400,8 @@ class Node:
             self._let_time_pass()
         elif isinstance(event, LinkUp) and event.peer in self.neighbours:  # it still needs what we sent last
             self._send_again(event, 2)
+            if self._gatherings is not None:
+                self._give_again(self._gatherings, event)
             self._send((event.peer,), self._goodbye_message)
         self._deadline = self._next_deadline()
         effects, self._effects = self._effects, []
@@ -427,8 +436,8 @@ class Node:
                 self._rejected(event)
             case Computed():
                 self._computed(event)
-            case Concealed(job, sealed):
-                self._concealed(job, sealed)
+            case Concealed(job, sealed, why):
+                self._concealed(job, sealed, why)
             case Leave(at_once):
                 self._leave(at_once)
             case Tick():
@@ -700,6 +709,11 @@ class Node:
 
     def _computed(self, event: Computed) -> None:
         if event.folded is not None and self._trained is not None:
+            if event.no_sum:
+                self._note("no_sum", round=event.round - 1, why=event.no_sum)
+                self._missing, self._merged = tuple(sorted((*self._missing, *self._merged))), ()
+                if self._gatherings is not None:
+                    self._gatherings.was_not_mixed()
             ended = RoundEnded(event.round - 1, self._trained, event.folded, self._merged, self._missing, self._waited)
             self._effects.append(Record(ended))
         if event.trained is None or event.update is None:
@@ -733,6 +747,8 @@ class Node:
     def _finish(self, finished: bool) -> None:
         self.phase = Phase.DONE
         sent = self._own_updates[-1].update.round + 1 if self._own_updates else 0
+        if self._gives_still():
+            sent = self.round  # what is still being made is no longer sent
         self._goodbye_message = Goodbye(sent, "finished" if finished else "leaving")
         if self.membership is not None and not finished:
             self._send(self._listeners(), Gossip((self.membership.leave(),), ()))
@@ -816,7 +832,8 @@ class Node:
             case Phase.JOINING:
                 return [n for n in self.neighbours.values() if not self._is_met(n) or self._may_give_its_state(n)]
             case Phase.COLLECTING:
-                awaited = [n for n in self.neighbours.values() if self._is_awaited(n)]
+                lost = () if self._gatherings is None else self._lost(self._gatherings)
+                awaited = [n for n in self.neighbours.values() if self._is_awaited(n, lost)]
                 company = any(
                     n.alive and not n.degraded and n.gone_after is None and n.name in self._here.hears
                     for n in self.neighbours.values()
@@ -842,12 +859,15 @@ class Node:
     def _only_hears_us(self, peer: str) -> bool:
         return peer in self._here.tells and peer not in self._here.hears
 
-    def _is_awaited(self, neighbour: Neighbour) -> bool:
-        """Whether something is missing that may still come: an update, or the word that it can go on."""
+    def _is_awaited(self, neighbour: Neighbour, lost: Sequence[str] = ()) -> bool:
+        """Whether something is missing that may still come: an update, or the word that it can go on.
+
+        `lost`: whose part of a sum will not come.
+        """
         if not neighbour.alive:
             return False
         if self._gatherings is not None:
-            return self._is_awaited_for_a_sum(neighbour, self._gatherings)
+            return self._is_awaited_for_a_sum(neighbour, self._gatherings, lost)
         if self._only_hears_us(neighbour.name):  # or we would run away from it, and it has no room for what we send
             return neighbour.gone_after is None and neighbour.round < self._needed
         if neighbour.name not in self._here.hears or not self._tells_us(neighbour):
@@ -862,12 +882,12 @@ class Node:
         # Or else what it sends next is too new for us; the horizon is never nearer than this.
         return neighbour.round <= self.round + self._ahead or neighbour.round <= self._horizon()
 
-    def _is_awaited_for_a_sum(self, neighbour: Neighbour, gatherings: Gatherings) -> bool:
-        """Whether its part of our sum may still come, or it will ask for ours: it is one round behind."""
-        if neighbour.name in gatherings.asked.names and not self._lost(gatherings):
+    def _is_awaited_for_a_sum(self, neighbour: Neighbour, gatherings: Gatherings, lost: Sequence[str]) -> bool:
+        """Whether its part of our sum may still come, or it will ask for ours: it has not begun our round."""
+        if not lost and neighbour.name in gatherings.asked.names:
             return neighbour.heard < self.round
         here = neighbour.name in self._here.hears and self._tells_us(neighbour)
-        return here and neighbour.gone_after is None and neighbour.round == self.round - 1
+        return here and neighbour.gone_after is None and neighbour.round < self.round
 
     def _lost(self, gatherings: Gatherings) -> tuple[str, ...]:
         """Those whose part of our sum will not come: without it, what comes of the others is worth nothing."""
@@ -937,6 +957,8 @@ class Node:
                 self._start()
         elif self.phase is Phase.COLLECTING:
             target = self._catch_up_target()
+            if self._gives_still():
+                return  # the vector of this round is still needed
             if target > self.round:
                 self._catch_up(target)
             elif not (awaited := self._awaited()) or self._now >= self._waits_until(awaited):
@@ -968,8 +990,10 @@ class Node:
     def _catch_up_target(self) -> int:
         """The round to jump to; the own one if most others are not far ahead. Whoever lacks a state is at round -1."""
         own, ahead = (-1, 0) if self._lacks_state else (self.round, self._ahead)
-        if self._gatherings is not None:  # nobody's vector comes alone: what most say must do
-            return catch_up_round(own, [n.round for n in self.neighbours.values() if n.linked], ahead)
+        if self._gatherings is not None:  # nobody's vector comes alone: what most of enough say must do
+            said = [n.round for n in self.neighbours.values() if n.linked and n.gone_after is None]
+            target = catch_up_round(own, said, ahead) if len(said) >= LEAST_SENDERS else own
+            return min(target, max(own, self.settings.rounds - 1))
         # Without a state, it matters who is heard first: so those who have no link yet count as well.
         alive = [n for n in self.neighbours.values() if n.alive or (self._lacks_state and n.epoch == 0)]
         if self.settings.drift <= 1:
@@ -1178,15 +1202,44 @@ class Node:
                 gatherings.introduced(peer, message, neighbour.epoch)
                 return
             gatherings.came(peer, message)
+            self._check_gathering(neighbour, message)
         except BadMessage as error:
+            gatherings.drop(peer)
             self._rejected(Rejected(peer, error.code, error.why))
             return
         self._claim(peer, message.round)
         neighbour.gives = message.gives
-        if message.gives:
+        if message.gives and neighbour.degraded:  # nothing comes of it that would show that it is in step again
             self._count_if_in_step(neighbour, message.round)
         if self.phase is Phase.COLLECTING:
             self._give(gatherings)
+
+    def _check_gathering(self, receiver: Neighbour, asks: Gathering) -> None:
+        """BadMessage for a sum that its receiver could not honestly ask for: from weights as they are, of those around.
+
+        With a reach that does not even hold its senders it would make their weights what it likes; and with members
+        from anywhere, it could take two that tell it theirs.
+        """
+        if not asks.keys:
+            return
+        least = reach([asks.mass, self._mass])
+        if asks.mass != receiver.mass or asks.reach < least:
+            why = (
+                f"a mass of {asks.mass} within a reach of {asks.reach}: its hello said {receiver.mass}, and ours counts"
+            )
+            raise BadMessage("bad_gathering", why)
+        around = self.settings.senders
+        strangers = set(asks.names) - set(around(self._members, receiver.name)) if around is not None else ()
+        if strangers and receiver.view == self._view:  # else it sees other members living
+            raise BadMessage("bad_gathering", f"a sum with {', '.join(sorted(strangers))}, no neighbour of it")
+        if strangers:
+            raise BadMessage(
+                "other_view", f"a sum with {', '.join(sorted(strangers))}, no neighbour of it as we see it"
+            )
+
+    def _gives_still(self) -> bool:
+        """Whether its part of somebody's sum is still being made of the vector of this round."""
+        return self._gatherings is not None and self._gatherings.under_way > 0 and self.phase is not Phase.COMPUTING
 
     def _ask(self, gatherings: Gatherings) -> None:
         """Begin the round with asking all neighbours for their sum that are in step and can give their part."""
@@ -1196,7 +1249,7 @@ class Node:
             if n.name in self._here.hears
             and n.name in self._counted
             and (n.linked and n.alive and n.gives and not n.degraded and n.gone_after is None)
-            and n.round >= self.round - 1
+            and self.round - 1 <= n.round <= self.round
             and self._tells_us(n)
             and self._is_met(n)
         ]
@@ -1208,24 +1261,31 @@ class Node:
         self._send(peer, gatherings.own)
         if self.phase in (Phase.COMPUTING, Phase.COLLECTING):
             self._send(peer, gatherings.asked)
+        self._give_again(gatherings, event)
+
+    def _give_again(self, gatherings: Gatherings, event: LinkUp) -> None:
         given = gatherings.newest(event.peer)
         if given is not None and event.seen < given.round:
-            self._send(peer, given)
+            self._send((event.peer,), given)
 
     def _give(self, gatherings: Gatherings) -> None:
         """Make this round's part of their sums for all who have asked for it."""
         if not gatherings.gives:
             return
         own = Stake(self._mass, self._reach)
-        for peer, asked in gatherings.due(self.round):
-            if peer in self._here.tells:
-                weight = weights_of(self.settings.weights, Stake(asked.mass, asked.reach), {peer: own}, {})[peer]
-                self._effects.append(Conceal(peer, self.round, weight, asked, self._mass, self._reach))
+        linked = set(self._listeners()).intersection(self._here.tells)
+        for peer, asked in gatherings.due(self.round, linked):
+            weight = weights_of(self.settings.weights, Stake(asked.mass, asked.reach), {peer: own}, {})[peer]
+            self._effects.append(Conceal(peer, self.round, weight, asked, self._mass, self._reach))
 
-    def _concealed(self, job: Conceal, sealed: object) -> None:
-        if self._gatherings is not None:
-            update = Update(job.round, job.mass, job.reach, sealed)
-            self._gatherings.sent(job.peer, update)
+    def _concealed(self, job: Conceal, sealed: object | None, why: str) -> None:
+        if self._gatherings is None:
+            return
+        update = None if sealed is None else Update(job.round, job.mass, job.reach, sealed)
+        self._gatherings.made(job.peer, update)
+        if update is None:
+            self._rejected(Rejected(job.peer, "bad_gathering", why))
+        else:
             self._send((job.peer,), update)
 
     # -- Who lives ---------------------------------------------------------------------------------------------------

@@ -462,6 +462,9 @@ def test_every_line_and_the_summary_say_what_was_spent_and_of_which_kind(
     run = create_run(tmp_path / "run")
     experiment = experiment_of(*settings, "train.rounds=3", 'faults=[{kind="restart", node=1, round=2, seconds=1}]')
     simulate(experiment, run, lambda line: None)
+    again = create_run(tmp_path / "again")
+    simulate(experiment, again, lambda line: None)
+    assert again.node("node-1").metrics.read_bytes() == run.node("node-1").metrics.read_bytes()
     unit = experiment.privacy.dp
     spent: dict[str, list[float]] = {}
     for name in experiment.topology.names:

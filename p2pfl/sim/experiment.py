@@ -1,7 +1,8 @@
 """An experiment in virtual time: its learners, its rows and every decision are real, its network and its clock are not.
 
 Without faults every model is bit for bit the one of `p2pfl up`: the same batches, the same weights, the same order of
-sums. One experiment gives one run folder, byte for byte, on whatever machine does the same arithmetic.
+sums; but for the noise of `privacy.dp`, which nobody else could draw there, and which follows from the seed here.
+One experiment gives one run folder, byte for byte, on whatever machine does the same arithmetic.
 
 All seconds in the records are virtual and count from the start of the simulation: a round's computing takes about
 COMPUTE_SECONDS, a message 15 to 65 ms (`Scenario.latency` and `jitter`). Mixing and evaluating take none. Bytes are
