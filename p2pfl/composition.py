@@ -14,7 +14,7 @@ ROBUST = ("clip", "trimmed-mean", "median", "geometric-median", "krum", "multi-k
 PLAIN_CODECS = ("none", "fp16", "bf16", "int8")  # of a vector as it is; the others need a replica to be added to
 BY_PAIRS = ("metropolis", "lazy", "samples", "inverse", "sqrt", "uniform-neighbours")  # of which a sender knows its own
 SUM_KEEPING = ("metropolis", "lazy", "max-degree", "best-constant", "fastest")  # rows and columns of W sum to 1
-LEAST_SENDERS = 3  # of a masked sum: of two, each would learn the other's vector from it
+LEAST_SENDERS = 3  # of a masked sum: of two, the receiver and one of them would have the other's vector
 LEAST_OUTER_GAP = 0.1  # spectral gap: below, the outer momentum grows the disagreement faster than mixing removes it
 
 

@@ -85,7 +85,7 @@ class Ledger:
             return
         if self._path is not None:
             try:
-                _append(self._path, json.dumps(asdict(charge)).encode() + b"\n")
+                append_durably(self._path, json.dumps(asdict(charge)).encode() + b"\n")
             except OSError as error:
                 raise TrainingFailed(
                     f"round {charge.round} was not trained, for {self._path} cannot be written ({error.strerror}) and "
@@ -120,11 +120,11 @@ def _secret(path: Path) -> bytes:
     if path.exists() and len(secret := path.read_bytes()) == KEY_BYTES:
         return secret
     path.unlink(missing_ok=True)
-    _append(path, secrets.token_bytes(KEY_BYTES))
+    append_durably(path, secrets.token_bytes(KEY_BYTES))
     return path.read_bytes()
 
 
-def _append(path: Path, text: bytes) -> None:
+def append_durably(path: Path, text: bytes) -> None:
     """Behind the last whole line, readable for its owner only; on the disk when this returns. OSError if it is not."""
     new = not path.exists()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, OWNER_ONLY)

@@ -46,6 +46,7 @@ from p2pfl.envelope import (
     verify,
 )
 from p2pfl.identity import Identity, Member, Roster, fingerprint_of
+from p2pfl.masks import check_key
 from p2pfl.messages import (
     PROTOCOL_VERSION,
     Accusation,
@@ -1020,6 +1021,7 @@ class Link:
             if self._genuine_keys.get(key.name) != key:
                 if not statement_holds(key, owner.card, federation):
                     raise BadMessage("bad_record", f"the mask key of {key.name} was not signed by {key.name}")
+                check_key(key)
                 self._genuine_keys[key.name] = key
 
     def _check_evidence(self, by: str, accusation: Accusation) -> None:
@@ -1035,6 +1037,9 @@ class Link:
             signed = [signed_manifest(*pair, member.card, self._greeting.experiment) for pair in shown]
         except BadMessage as error:  # a mistake of whoever shows it
             raise BadMessage("bad_evidence", f"against {accusation.name}: {error.why}") from None
+        if any(manifest.codec == MASKED for manifest in signed) and accusation.code == "equivocation":
+            # A member makes a part for each receiver, and two receivers can agree on gatherings of one number.
+            raise BadMessage("bad_evidence", f"against {accusation.name}: parts of sums contradict nothing")
         one_update = len({(manifest.epoch, _which(manifest)) for manifest in signed}) == 1
         if accusation.code == "equivocation" and not (one_update and shown[0][0] != shown[1][0]):
             raise BadMessage("bad_evidence", f"against {accusation.name}: no two different updates of one round")
@@ -1042,6 +1047,8 @@ class Link:
         if accused is None:
             return
         for manifest, pair in zip(signed, shown, strict=True):
+            if manifest.codec == MASKED:
+                continue
             ours = accused.manifests.get(_which(manifest))
             if ours is not None and manifest.epoch == accused.epoch and ours.manifest != pair[0]:
                 why = f"for round {manifest.round} it signed one update for us, another for {by}"
@@ -1059,7 +1066,9 @@ class Link:
             if manifest.epoch != peer.epoch:
                 raise BadMessage("stale", f"an update of epoch {manifest.epoch}; this is epoch {peer.epoch}")
             if before is not None and before.manifest != offer.manifest:
-                evidence = (before.manifest, before.signature, offer.manifest, offer.signature)
+                evidence: tuple[bytes, ...] = before.manifest, before.signature, offer.manifest, offer.signature
+                if manifest.codec == MASKED:
+                    evidence = ()  # it convinces nobody else: see `_check_evidence`
                 error = BadMessage("equivocation", f"two different updates were signed for round {manifest.round}")
                 self._drop_incoming(peer, manifest.round, error.code)
                 self._reject(peer.name, error, evidence)

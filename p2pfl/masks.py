@@ -14,8 +14,16 @@ the part without recovery: to recover a sum is to unmask whoever was only late).
 two receivers, rounds, weights or sets never share a stream, and senders that were shown different gatherings do not
 fit together. The keys live as long as the process: whoever takes the identity keys later cannot read old sums.
 
-What it does not hide: the sum itself; a vector from a receiver that all the other senders tell theirs; and if in one
-round a member is in the sum and in the next it is not, how the sum has changed.
+What it does not hide:
+- The sum itself. Where one sender's weight exceeds all others', that is nearly its vector.
+- A vector from those who put together what they have: the receiver and all the other senders, or receivers whose sums
+  differ by one sender.
+- From one receiver: how its sums differ from round to round. If a member is in the one and not in the next, that is
+  about that member's vector, the closer the less the others have moved; and a dishonest receiver can leave members out
+  as it likes. Noise (`privacy.dp`) bounds what all this tells.
+- Whether an experiment that is run a second time gives the same sums: with the same seed and rows it does.
+It protects from curious receivers, not from bad senders: whoever sends noise spoils the sum, and nobody can tell who
+it was.
 """
 
 from __future__ import annotations
@@ -39,7 +47,7 @@ from p2pfl.messages import BadMessage, Gathering, MaskKey
 from p2pfl.wire import statement
 
 Floats = NDArray[np.float32]
-Words = NDArray[np.uint32]
+Words = NDArray[np.uint32]  # little-endian, as they travel
 
 UNITS: Final = 2.0**16  # in 1: the unit of the fixed-point numbers is 2^-16
 LARGEST: Final = 2.0**15  # what no parameter may reach: beyond, a weighted mean would not fit into 32 bits
@@ -89,6 +97,14 @@ class MaskMaker:
         return Cipher(AES256(key), CTR(bytes(16)))  # the key is used once, so the counter can begin at 0
 
 
+def check_key(key: MaskKey) -> None:
+    """BadMessage for a public key with which nobody can agree on a secret: of small order."""
+    try:
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(key.key))
+    except ValueError:
+        raise BadMessage("bad_record", f"the mask key of {key.name} gives no secret") from None
+
+
 def gathering_number(federation: bytes, receiver: str, gathering: Gathering) -> int:
     """The number by which the parts are known that belong to this gathering."""
     return int.from_bytes(_digest(federation, receiver, gathering)[:4], "big") % NUMBERS
@@ -112,7 +128,7 @@ def _combine(part: Words, stream: Cipher[CTR], operation: np.ufunc) -> None:
 
 def fixed(vector: Floats, weight: float, out: Words | None = None) -> Words:
     """rint(2^16 w x) of a vector (P,), as words mod 2^32, in `out` if given; ValueError for one that does not fit."""
-    part = np.empty(len(vector), dtype=np.uint32) if out is None else out
+    part = np.empty(len(vector), dtype="<u4") if out is None else out
     for start in range(0, len(vector), SLICE):
         scaled = np.multiply(vector[start : start + SLICE], weight * UNITS, dtype=np.float64)
         np.rint(scaled, out=scaled)
@@ -123,7 +139,10 @@ def fixed(vector: Floats, weight: float, out: Words | None = None) -> Words:
 
 
 def read_sum(parts: Sequence[Words], weight: float) -> Floats:
-    """sum_j w_j x_j / `weight`, (P,), from the parts of all senders; `weight` is the sum of the w_j."""
+    """sum_j w_j x_j / `weight`, (P,), from the parts of all senders; `weight` is the sum of the w_j.
+
+    BadMessage for what no vectors can have given: parts of which one is missing, or is no honest one, are noise.
+    """
     scale = 1.0 / (UNITS * weight)
     mean = np.empty(len(parts[0]), dtype=np.float32)
     for start in range(0, len(mean), SLICE):
@@ -131,4 +150,7 @@ def read_sum(parts: Sequence[Words], weight: float) -> Floats:
         for part in parts[1:]:
             total += part[start : start + SLICE]
         mean[start : start + SLICE] = total.view(np.int32) * scale
+    largest = max(abs(float(mean.min())), abs(float(mean.max())))
+    if largest > LARGEST * (1 + len(parts) / (UNITS * weight)):
+        raise BadMessage("bad_value", f"a parameter of {largest:.3g} in a sum: one part is noise")
     return mean

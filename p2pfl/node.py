@@ -1239,7 +1239,7 @@ class Node:
 
     def _gives_still(self) -> bool:
         """Whether its part of somebody's sum is still being made of the vector of this round."""
-        return self._gatherings is not None and self._gatherings.under_way > 0 and self.phase is not Phase.COMPUTING
+        return self._gatherings is not None and self._gatherings.under_way > 0
 
     def _ask(self, gatherings: Gatherings) -> None:
         """Begin the round with asking all neighbours for their sum that are in step and can give their part."""

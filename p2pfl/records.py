@@ -235,6 +235,7 @@ class NodeRecords:
         self.model = folder / "model.safetensors"
         self.seen = folder / "seen.safetensors"  # what came of the neighbours last, where privacy.keep_seen asks for it
         self.disclosure = folder / "disclosure.json"  # what leaves this node, as it was when it started
+        self.given = folder / "given"  # the rounds in which it has given its part to others' sums
         self.control = folder / "control"  # names the socket of the running node
         self.damaged = 0  # lines that the reads so far have skipped
         self._open: dict[Path, FileIO] = {}

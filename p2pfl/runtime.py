@@ -40,7 +40,7 @@ from p2pfl.envelope import MASKED, NO_BASE, WHOLE, Lease, Sealed, Sealer
 from p2pfl.identity import Identity, Roster
 from p2pfl.inventory import disclose, planned_noise
 from p2pfl.learner import Learner, make_learner
-from p2pfl.ledger import open_ledger
+from p2pfl.ledger import append_durably, open_ledger
 from p2pfl.link import Greeting, Link
 from p2pfl.masks import MaskMaker, Words, gathering_number, read_sum
 from p2pfl.messages import (
@@ -77,7 +77,7 @@ from p2pfl.node import Node, Settings
 from p2pfl.policy import EVERYTHING, Allowance, Policy
 from p2pfl.records import Line, NodeRecords, budget_event, event_line, number, round_line, write_json
 from p2pfl.replicas import Replicas, whole
-from p2pfl.topology import Topology, describe, neighbourhoods, partners, wiring
+from p2pfl.topology import Topology, describe, neighbourhoods, neighbours_among, partners, wiring
 from p2pfl.topology.fit import check_graph
 from p2pfl.trainer import Term, Trainer, codec_number, least_vectors
 from p2pfl.weights import mass
@@ -97,7 +97,6 @@ class Outcome:
 
     computed: Computed
     norm: float  # L2 norm of the own vector
-    no_sum: str = ""  # why the sum of the neighbours was not mixed
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,17 +113,52 @@ class Withheld:
     """In place of an update: where nodes learn only sums, nobody gets the vector itself."""
 
 
+class Sums:
+    """What a node needs to give its part to others' sums: its masks, and a record of the rounds in which it has.
+
+    No round is given from twice, not even by the next process: two sums of one vector, over different senders, differ
+    by somebody's vector. So a round is on the disk before the first part of it leaves, and whoever starts again goes on
+    after the last one, whatever its checkpoint says.
+    """
+
+    def __init__(self, masks: MaskMaker, path: Path) -> None:
+        """BadInput if what stands in `path` cannot be read."""
+        self.masks = masks
+        self._path = path
+        try:
+            lines = path.read_bytes().split() if path.exists() else []  # one that is cut short is a smaller number
+            self.last = max((int(line) for line in lines), default=-1)  # -1: it has given nothing yet
+        except (OSError, ValueError) as error:
+            raise BadInput(
+                f"{path} says up to which round this node has given its part to sums, and cannot be read ({error}): "
+                "start afresh with another --run-dir"
+            ) from None
+
+    def gives(self, round: int) -> None:
+        """Something of this round is about to leave. TrainingFailed if the disk does not take that."""
+        if round <= self.last:
+            return
+        try:
+            append_durably(self._path, b"\n%d\n" % round)
+        except OSError as error:
+            raise TrainingFailed(
+                f"round {round} was not sent, for {self._path} cannot be written ({error.strerror}), and the round could "
+                "then be given from twice: make room there, and go on with --resume"
+            ) from None
+        self.last = round
+
+
 class Worker:
     """Folds, evaluates, trains, seals: everything heavy, in the order of a round. Used by one thread at a time."""
 
     def __init__(
-        self, trainer: Trainer, sealer: Sealer, resumed: bool, seen: Path | None = None, masks: MaskMaker | None = None
+        self, trainer: Trainer, sealer: Sealer, resumed: bool, seen: Path | None = None, sums: Sums | None = None
     ) -> None:
-        """`seen`: where to keep what came last, for `p2pfl audit`; None: nowhere. `masks`: where only sums are read."""
+        """`seen`: where to keep what came last, for `p2pfl audit`; None: nowhere. `sums`: where only these are read."""
         self._trainer = trainer
         self._sealer = sealer
-        self._masks = masks
-        self._sums = Norms(0.0)  # of the sums that were mixed
+        self._sums = sums
+        self._usual = Norms(usable_norm(trainer.learner))  # of the means that were mixed
         self._part: Words | None = None  # of somebody's sum, until it is sealed
         self._seen = seen
         unknown = trainer.differences and (resumed or not trainer.starts_alike)
@@ -138,7 +172,7 @@ class Worker:
         trainer = self._trainer
         folded, trained, update, no_sum = None, None, None, ""
         if job.round > 0 or job.contributions:  # before the first round: the state of others, in place of the own one
-            if self._masks is None:
+            if self._sums is None:
                 terms = [Term(c.peer, c.weight, as_tensor(c.vector), c.reference, c.gain) for c in job.contributions]
             else:
                 terms, no_sum = self._read_sum(job.contributions)
@@ -152,40 +186,41 @@ class Worker:
         norm = usable_norm(trainer.learner)
         if job.train:
             update = self._seal(job, lacking)
-        return Outcome(Computed(job.round, folded, trained, update), norm, no_sum)
+        return Outcome(Computed(job.round, folded, trained, update, no_sum), norm)
 
     def _read_sum(self, contributions: Sequence[Contribution]) -> tuple[list[Term], str]:
         """The mean of the neighbours as one term; none, and why, if it must not be mixed."""
         if not contributions:
             return [], ""
-        mean = sum_term([as_words(c.vector) for c in contributions], contributions)
         try:
-            self._sums.check(mean.vector)
+            mean = sum_term([as_words(c.vector) for c in contributions], contributions)
+            self._usual.check(mean.vector)
         except BadMessage as error:
             return [], error.why
         return [mean], ""
 
-    def conceal(self, job: Conceal) -> Concealed | Rejected:
+    def conceal(self, job: Conceal) -> Concealed:
         """The own part of a neighbour's sum, sealed; or what is wrong with what the neighbour asks.
 
-        TrainingFailed if the own vector does not fit.
+        TrainingFailed if the own vector does not fit, or it cannot be written down that something leaves.
         """
-        assert self._masks is not None
+        assert self._sums is not None
+        self._sums.gives(job.round)
         vector = self._trainer.public.detach().cpu().numpy()
         if self._part is None:  # made once: fresh memory for 100 MB costs as much as masking it
-            self._part = np.empty(len(vector), dtype=np.uint32)
+            self._part = np.empty(len(vector), dtype="<u4")
         try:
-            part = self._masks.part(vector, job.weight, job.peer, job.gathering, self._part)
+            part = self._sums.masks.part(vector, job.weight, job.peer, job.gathering, self._part)
         except BadMessage as error:
-            return Rejected(job.peer, error.code, error.why)
+            return Concealed(job, None, error.why)
         except ValueError as error:
             raise TrainingFailed(unusable(str(error))) from None
-        number = self._masks.number(job.peer, job.gathering)
+        number = self._sums.masks.number(job.peer, job.gathering)
         return Concealed(job, self._sealer.seal(part.data, job.round, job.mass, job.reach, MASKED, number))
 
     def _seal(self, job: Compute, lacking: bool) -> Sealed | Packed | Withheld:
         trainer, about = self._trainer, (job.round, job.mass, job.reach)
-        if self._masks is not None:
+        if self._sums is not None:
             return Withheld()
         if trainer.codec.name == "none":
             return self._sealer.seal(_host(trainer.public), *about)
@@ -213,7 +248,7 @@ def as_tensor(vector: object) -> Tensor:
 def as_words(vector: object) -> Words:
     """The part of a sum that an update brings; a view of what was opened, valid as long as the lease is held."""
     assert isinstance(vector, Lease)
-    return np.frombuffer(vector.view, dtype=np.uint32)
+    return np.frombuffer(vector.view, dtype="<u4")
 
 
 def sum_term(parts: Sequence[Words], contributions: Sequence[Contribution]) -> Term:
@@ -328,7 +363,7 @@ class Runtime:
         self._writer = checkpoint.Writer(records.checkpoint, experiment, self._wake)
         self._finished: bool | None = None
         self._failure: TrainingFailed | None = None
-        self._pending: deque[Future[Outcome | Concealed | Rejected]] = deque()  # in the order of the compute thread
+        self._pending: deque[Future[Outcome | Concealed]] = deque()  # in the order of the compute thread
         self._round_began: float | None = None  # None: still joining
         self._bytes = (0, 0)
         self._read_end, self._write_end = os.pipe()  # one byte for each thing that the loop must look at
@@ -443,14 +478,12 @@ class Runtime:
                 self._failure = error
                 self._handle(Leave(at_once=True), threads)  # the others need not wait for what will not come
                 return
-            if not isinstance(outcome, Outcome):
+            if isinstance(outcome, Concealed):
                 self._handle(outcome, threads)
                 continue
             self._own_norm = outcome.norm
             trained = outcome.computed.trained
             self._may_stand_still = trained is not None and trained.spent is not None
-            if outcome.no_sum:
-                self.record(Happened("no_sum", {"round": outcome.computed.round - 1, "why": outcome.no_sum}))
             if isinstance(outcome.computed.update, Packed):
                 self._newest_base = outcome.computed.update.base
             if (told := budget_event(outcome.computed)) is not None:
@@ -556,7 +589,7 @@ class Runtime:
             case Done(finished):
                 self._finished = finished
 
-    def _submit(self, threads: ThreadPoolExecutor, job: Callable[[], Outcome | Concealed | Rejected]) -> None:
+    def _submit(self, threads: ThreadPoolExecutor, job: Callable[[], Outcome | Concealed]) -> None:
         """Have the compute thread do it, after all that it was given before."""
         self._pending.append(threads.submit(job))
         self._pending[-1].add_done_callback(lambda _: self._wake())
@@ -752,8 +785,10 @@ def assemble(
         facts=facts,
         packed={} if trainer.codec.name == "none" else {trainer.codec.name: trainer.codec.nbytes},
     )
-    masks = MaskMaker(identity, epoch, agreed) if experiment.privacy.sums == "masked" else None
-    if masks is not None:
+    sums = Sums(MaskMaker(identity, epoch, agreed), records.given) if experiment.privacy.sums == "masked" else None
+    first_round = found.newest.round if found.newest is not None else 0
+    if sums is not None:
+        first_round = max(first_round, sums.last + 1)
         greeting = replace(greeting, packed={MASKED: greeting.size})
     replicas = Replicas(
         trainer.codec,
@@ -784,9 +819,11 @@ def assemble(
         epoch=epoch,
         drift=1 if topology is None else topology.period or len(topology.names),
         mass=own_mass,
-        mask_key=None if masks is None else masks.key,
+        mask_key=None if sums is None else sums.masks.key,
+        senders=None if topology is None else neighbours_among(experiment.topology, experiment.seed, topology),
+        stale=found.newest is None and first_round > 0,
         held_mass=found.newest.mass if found.newest is not None else None,
-        first_round=found.newest.round if found.newest is not None else 0,
+        first_round=first_round,
         needs_state=found.lost,
         partners=partners(experiment.mix.schedule, experiment.seed, identity.name),
     )
@@ -794,7 +831,7 @@ def assemble(
     packed = sum(greeting.packed.values())
     sealer = Sealer(identity, agreed, learner.schema.digest, FLOAT_BYTES * trainer.size, epoch, packed)
     seen = records.seen if experiment.privacy.keep_seen else None
-    worker = Worker(trainer, sealer, found.newest is not None, seen, masks)
+    worker = Worker(trainer, sealer, found.newest is not None, seen, sums)
     norm = check_vector(learner.vector, None)
     for dial in dials:
         link.dial(dial.address, () if dial.name is None else (dial.name,))

@@ -218,6 +218,9 @@ def _read_gossip(body: memoryview | bytes, records: int, hints: int) -> Gossip:
 
 def _read_keys(body: memoryview | bytes, keys: int) -> tuple[MaskKey, ...]:
     entries = _read_entries(body, [(SIGNATURE, _KEY)] * keys)
+    names = [str(fields["name"]) for fields, _ in entries]
+    if names != sorted(set(names)):  # before anybody verifies a thousand signatures of one and the same
+        raise BadMessage("bad_body", "senders that are not sorted, or named twice")
     return tuple(MaskKey(**fields, signature=proof) for fields, proof in entries)  # type: ignore[arg-type]
 
 

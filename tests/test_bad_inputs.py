@@ -1045,7 +1045,9 @@ def test_27_a_record_that_its_member_never_made() -> None:
             replace(genuine, address="tcp://10.6.6.6:7000"),
         ]
         for bad in forged:
-            m.say("control", Gossip((sign_statement(MemberRecord("mallory", 1, 1), IDS["mallory"], EXPERIMENT), bad), ()))
+            m.say(
+                "control", Gossip((sign_statement(MemberRecord("mallory", 1, 1), IDS["mallory"], EXPERIMENT), bad), ())
+            )
         until(lambda: victim.codes().count("bad_record") == len(forged), victim)
         assert gossip_of(victim) == []
         for _ in range(2):  # the second time its signature is known to hold

@@ -172,9 +172,7 @@ def test_not_even_if_the_receiver_says_that_it_has_started_again() -> None:
     assert not of(node.handle(Received("a", asks(0, "c", "d", "me")), 1.2), Conceal)
 
 
-@pytest.mark.parametrize(
-    "names", [("me",), ("b", "me"), ("a", "b", "me"), ("b", "b", "me")], ids=["1", "2", "itself", "twice"]
-)
+@pytest.mark.parametrize("names", [("me",), ("b", "me"), ("a", "b", "me")], ids=["1", "2", "itself"])
 def test_a_sum_in_which_one_could_not_hide_is_refused_and_counted(names: tuple[str, ...]) -> None:
     """algorithms §1.6: three senders or more. Of two, each would learn the other's vector from the receiver's."""
     node = started()
@@ -321,9 +319,12 @@ def test_who_says_that_it_cannot_give_is_not_asked() -> None:
     for name in PEERS:
         node.handle(part(name, 1), 0.0)
     assert node.gathering == asks(2, "a", "b", "c")
-    node.handle(computed(2), 0.0)
+    for effect in node.handle(computed(2), 0.0):
+        assert not isinstance(effect, Conceal)
     for name in PEERS[:3]:
-        node.handle(Received(name, asks(2, *(set(PEERS) - {name}), "me")), 0.0)
+        for effect in node.handle(Received(name, asks(2, *(set(PEERS) - {name}), "me")), 0.0):
+            if isinstance(effect, Conceal):
+                node.handle(Concealed(effect, "part"), 0.0)
     node.handle(Received("d", asks(3, "a", "b", "c")), 0.0)
     for name in PEERS[:3]:
         node.handle(part(name, 2), 0.0)

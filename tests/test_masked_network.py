@@ -14,7 +14,7 @@ import pytest
 
 from p2pfl.config import TopologySection
 from p2pfl.gathering import Gatherings
-from p2pfl.messages import Gathering, MaskKey
+from p2pfl.messages import Conceal, Gathering, MaskKey
 from p2pfl.node import Node, Settings
 from p2pfl.sim.engine import Engine, run
 from p2pfl.sim.faults import Break, Crash, CrashAtDeed, Fault, Lose, Pause
@@ -155,10 +155,10 @@ def test_two_sums_of_one_round_are_never_both_given() -> None:
     given: dict[tuple[str, str, int, int], Gathering] = {}
 
     class Watched(Node):
-        def _concealed(self, job, sealed):  # type: ignore[no-untyped-def]
+        def _concealed(self, job: Conceal, sealed: object | None, why: str) -> None:
             one = (self.settings.name, job.peer, job.round, self.settings.epoch)
             assert given.setdefault(one, job.gathering) == job.gathering
-            super()._concealed(job, sealed)
+            super()._concealed(job, sealed, why)
 
     run(masked(nx.complete_graph(6), Crash(5.2, "n01", back_after=1.5), Pause(9.0, 4.0, "n02")), make_node=Watched)
     assert len(given) > 200

@@ -166,7 +166,8 @@ def attack(case: Sum, receiver: X25519PrivateKey, parts: tuple[Words, ...]) -> d
     errors = {}
     for sender, (vector, weight) in enumerate(zip(case.vectors, case.weights, strict=True)):
         norm = np.linalg.norm(vector)
-        errors[sender] = min(float(np.linalg.norm(read_sum([c], weight) - vector) / norm) for c in candidates)
+        scale = 1 / (UNITS * weight)
+        errors[sender] = min(float(np.linalg.norm(c.view(np.int32) * scale - vector) / norm) for c in candidates)
     return errors
 
 
@@ -197,6 +198,15 @@ def test_senders_that_were_shown_different_gatherings_give_noise() -> None:
     total = parts[0] + parts[1] + parts[2]
     assert looks_uniform(total) > 1e-6
     assert np.array_equal(sum(m.part(vector, 0.2, "me", less) for m in members[:3]), np.zeros(SIZE))
+
+
+def test_a_sum_that_no_vectors_can_have_given_is_refused() -> None:
+    """A part too few, or one that is noise: of a few thousand words a fifth is beyond what any parameter may be."""
+    case = a_sum(4, alike=True)
+    noise = np.random.default_rng(1).integers(0, 2**32, SIZE, dtype=np.uint32)
+    for parts in (case.parts[:3], (*case.parts[:3], noise), (noise,)):
+        with pytest.raises(BadMessage, match=r"^bad_value: a parameter of 4\.\d*e\+04 in a sum"):
+            read_sum(parts, sum(case.weights))
 
 
 def test_who_is_not_among_the_senders_gives_nothing_and_a_key_without_a_secret_is_refused() -> None:

@@ -352,7 +352,8 @@ class Engine:
             case Conceal():
                 assert life.cargo is not None and life.cargo.parcel.round == effect.round
                 made = Concealed(effect, replace(life.cargo, gathering=effect.gathering))
-                self.clock.after(0.0, partial(self._concealed, life, made))
+                life.parts_due = max(life.parts_due, self.clock.now) + STEP_SHARE * life.machine.compute_seconds
+                self.clock.at(life.parts_due, partial(self._concealed, life, made))
             case Save():
                 life.save = True
             case Connect(peer, address):
@@ -567,6 +568,7 @@ class Engine:
             epoch=machine.disk.epoch,
             drift=topology.period or len(names),
             mass=machine.mass,
+            senders=lambda living, receiver: self._graph(living or names).around[receiver],
             mask_key=None if common.mask_key is None else MaskKey(name, machine.disk.epoch, NO_KEY),
             held_mass=None if saved is None else saved.mass,
             first_round=0 if saved is None else saved.round,

@@ -338,6 +338,7 @@ class Life:
     known: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # peer → epoch, heard, confirmed
     own: Parcel | None = None  # of the round in progress
     cargo: Cargo | None = None  # that brings it
+    parts_due: float = 0.0  # when the last part of a sum is made that is under way
     asked: dict[int, Gathering] = field(default_factory=dict)  # for whose sum, in the newest rounds
     made: dict[int, Parcel] = field(default_factory=dict)  # the newest ones, by round
     epochs: dict[str, int] = field(default_factory=dict)  # peer → the newest of its processes that said hello

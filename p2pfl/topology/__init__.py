@@ -13,7 +13,7 @@ section and seed, without talking. Nothing here trains or sends.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
@@ -226,6 +226,21 @@ def wiring(section: TopologySection, seed: int, whole: Topology, name: str) -> C
     def of(living: tuple[str, ...]) -> Wiring:
         topology = over(section, seed, whole, living)
         return Wiring(tuple(sorted(topology.union()[name])), neighbourhoods(topology, name, section.weighting))
+
+    return of
+
+
+def neighbours_among(
+    section: TopologySection, seed: int, whole: Topology
+) -> Callable[[tuple[str, ...], str], Sequence[str]]:
+    """(who lives, a node) → its neighbours in the graph over them; in the whole one, where survivors get no other."""
+    drawn: dict[tuple[str, ...], nx.Graph] = {}
+
+    def of(living: tuple[str, ...], name: str) -> Sequence[str]:
+        if living not in drawn:
+            drawn.clear()  # the members before are not asked about again
+            drawn[living] = over(section, seed, whole, living).union() if living else whole.union()
+        return tuple(drawn[living][name]) if name in drawn[living] else ()
 
     return of
 
