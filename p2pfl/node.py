@@ -1063,9 +1063,12 @@ class Node:
 
     def _fold_gathered(self, gatherings: Gatherings) -> None:
         """End the round with the sum that was asked for, if it is whole, or with nothing."""
-        for neighbour in self._awaited():
-            self._miss(neighbour)
         asked, expected = gatherings.asked, self._part(self.round).hears
+        awaited = self._awaited()
+        for neighbour in self.neighbours.values():
+            withheld = neighbour.name in asked.names and neighbour.heard < self.round and neighbour.linked
+            if neighbour in awaited or (withheld and neighbour.gone_after is None):
+                self._miss(neighbour)
         updates = {name: self.neighbours[name].updates.pop(self.round, None) for name in asked.names}
         came = {name: update for name, update in updates.items() if update is not None}
         for neighbour in self.neighbours.values():
@@ -1202,7 +1205,7 @@ class Node:
                 gatherings.introduced(peer, message, neighbour.epoch)
                 return
             gatherings.came(peer, message)
-            self._check_gathering(neighbour, message)
+            self._check_gathering(neighbour, message, gatherings)
         except BadMessage as error:
             gatherings.drop(peer)
             self._rejected(Rejected(peer, error.code, error.why))
@@ -1214,11 +1217,11 @@ class Node:
         if self.phase is Phase.COLLECTING:
             self._give(gatherings)
 
-    def _check_gathering(self, receiver: Neighbour, asks: Gathering) -> None:
+    def _check_gathering(self, receiver: Neighbour, asks: Gathering, gatherings: Gatherings) -> None:
         """BadMessage for a sum that its receiver could not honestly ask for: from weights as they are, of those around.
 
         With a reach that does not even hold its senders it would make their weights what it likes; and with members
-        from anywhere, it could take two that tell it theirs.
+        from anywhere, it could take two that tell it theirs. Who only sees other members living gets nothing, either.
         """
         if not asks.keys:
             return
@@ -1230,12 +1233,10 @@ class Node:
             raise BadMessage("bad_gathering", why)
         around = self.settings.senders
         strangers = set(asks.names) - set(around(self._members, receiver.name)) if around is not None else ()
-        if strangers and receiver.view == self._view:  # else it sees other members living
+        if strangers and receiver.view == self._view:
             raise BadMessage("bad_gathering", f"a sum with {', '.join(sorted(strangers))}, no neighbour of it")
         if strangers:
-            raise BadMessage(
-                "other_view", f"a sum with {', '.join(sorted(strangers))}, no neighbour of it as we see it"
-            )
+            gatherings.drop(receiver.name)
 
     def _gives_still(self) -> bool:
         """Whether its part of somebody's sum is still being made of the vector of this round."""

@@ -142,8 +142,8 @@ class Sums:
             append_durably(self._path, b"\n%d\n" % round)
         except OSError as error:
             raise TrainingFailed(
-                f"round {round} was not sent, for {self._path} cannot be written ({error.strerror}), and the round could "
-                "then be given from twice: make room there, and go on with --resume"
+                f"round {round} was not sent, for {self._path} cannot be written ({error.strerror}), and without that "
+                "it could be given from twice: make room there, and go on with --resume"
             ) from None
         self.last = round
 

@@ -14,16 +14,20 @@ from p2pfl.messages import (
     Conceal,
     Concealed,
     Contribution,
+    Done,
     Effect,
     Folded,
     Gathering,
     Goodbye,
     Happened,
+    Heartbeat,
+    Leave,
     LinkDown,
     LinkUp,
     MaskKey,
     Received,
     Record,
+    RoundEnded,
     Scores,
     Send,
     Tick,
@@ -329,3 +333,104 @@ def test_who_says_that_it_cannot_give_is_not_asked() -> None:
     for name in PEERS[:3]:
         node.handle(part(name, 2), 0.0)
     assert node.gathering == asks(3, *PEERS)
+
+
+# -- What a receiver may not ask -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mass", "reach"), [(1.0, 1.5), (1.0, 5e-324), (2.0, 5.0)])
+def test_no_sum_is_given_by_weights_that_the_receiver_cannot_honestly_have(mass: float, reach: float) -> None:
+    """Its reach holds its own mass and ours, and its mass is that of its hello: or it would weigh us as it likes."""
+    node = started()
+    node.handle(computed(0), 0.0)
+    effects = node.handle(Received("a", replace(asks(0, "b", "c", "me", reach=reach), mass=mass)), 1.0)
+    assert not of(effects, Conceal) and node.conduct.counts == {"bad_gathering": 1}
+
+
+def test_no_sum_is_given_with_members_that_are_no_neighbours_of_the_receiver() -> None:
+    """It could take two from anywhere that tell it their vectors, and take those off."""
+    around = {"a": ("b", "c", "me"), "b": ("a", "d", "me")}
+    node = started(senders=lambda living, receiver: around[receiver])
+    node.handle(computed(0), 0.0)
+    assert of(node.handle(Received("a", asks(0, "b", "c", "me")), 1.0), Conceal)
+    assert not of(node.handle(Received("b", asks(0, "a", "c", "me")), 1.0), Conceal)
+    assert node.conduct.counts == {"bad_gathering": 1}
+
+
+def test_who_sees_other_members_living_gets_nothing_and_is_not_to_blame() -> None:
+    node = started(senders=lambda living, receiver: ("b", "me"))
+    node.handle(computed(0), 0.0)
+    node.neighbours["a"].view = 7
+    assert not of(node.handle(Received("a", asks(0, "b", "c", "me")), 1.0), Conceal)
+    assert node.conduct.counts == {}
+
+
+# -- While parts are being made --------------------------------------------------------------------------------------
+
+
+def test_the_round_does_not_end_before_the_own_parts_are_made_and_nothing_spins_meanwhile() -> None:
+    node = started(heartbeat=1.0)
+    node.handle(Received("a", asks(0, "b", "c", "me")), 0.0)
+    (job,) = of(node.handle(computed(0), 0.0), Conceal)
+    for name in PEERS:
+        assert not of(node.handle(part(name, 0), 0.5), Compute)
+    assert node.deadline == 1.0
+    assert isinstance(job, Conceal)
+    effects = node.handle(Concealed(job, "part"), 0.75)
+    assert of(effects, Send)[0] == Send(("a",), Update(0, 1.0, 5.0, "part")) and of(effects, Compute)
+
+
+def test_a_part_that_cannot_be_made_is_the_receiver_s_mistake_and_ends_no_round() -> None:
+    node = started()
+    node.handle(Received("a", asks(0, "b", "c", "me")), 0.0)
+    (job,) = of(node.handle(computed(0), 0.0), Conceal)
+    assert isinstance(job, Conceal)
+    effects = node.handle(Concealed(job, None, "a key that gives no secret"), 0.5)
+    assert not of(effects, Send) and node.conduct.counts == {"bad_gathering": 1}
+
+
+def test_who_leaves_says_that_what_it_was_still_making_does_not_come() -> None:
+    node = started()
+    node.handle(Received("a", asks(0, "b", "c", "me")), 0.0)
+    node.handle(Leave(), 0.0)
+    effects = node.handle(computed(0), 1.0)
+    assert Send(PEERS, Goodbye(0, "leaving")) in effects
+
+
+def test_a_sum_that_turned_out_to_be_noise_is_recorded_as_none_and_who_came_back_with_it_is_not_back() -> None:
+    node = started(stale=True)
+    assert node.gathering == asks(0, *PEERS, gives=False)
+    node.handle(computed(0), 0.0)
+    for name in PEERS:
+        node.handle(part(name, 0), 0.0)
+    assert node.gathering == asks(1, *PEERS)
+    for name in PEERS:
+        node.handle(Received(name, asks(1, *(set(PEERS) - {name}), "me")), 0.0)
+    effects = node.handle(replace(computed(1), no_sum="one part is noise"), 1.0)
+    assert "no_sum" in events(effects) and not of(effects, Conceal)
+    (ended,) = [e.entry for e in effects if isinstance(e, Record) and isinstance(e.entry, RoundEnded)]
+    assert (ended.merged, ended.missing) == ((), PEERS)
+
+
+def test_whose_link_comes_back_when_all_is_done_still_gets_the_last_part() -> None:
+    node = collecting(0, rounds=1)
+    for name in PEERS:
+        node.handle(part(name, 0), 0.0)
+    assert Done(True) in node.handle(Computed(1, FOLDED, None, None), 1.0)
+    effects = node.handle(LinkUp("a", 1, 0, 1.0, -1), 2.0)
+    assert of(effects, Send) == [Send(("a",), Update(0, 1.0, 5.0, "part for a")), Send(("a",), Goodbye(1, "finished"))]
+
+
+def test_a_straggler_does_not_jump_to_the_end_nor_on_the_word_of_one() -> None:
+    node = started(rounds=50)
+    for name in PEERS[:2]:
+        node.handle(LinkDown(name), 0.5)
+    for name in PEERS[2:]:
+        node.handle(Received(name, asks(40, "a", "b", "me")), 1.0)
+    node.handle(computed(0), 1.0)
+    assert node.round == 0  # two are fewer than could give it a sum
+    node = started(rounds=50)
+    for name in PEERS:
+        node.handle(Received(name, Heartbeat(50)), 1.0)
+    node.handle(computed(0), 1.0)
+    assert node.round == 49

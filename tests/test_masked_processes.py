@@ -15,13 +15,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from p2pfl.config import Experiment, load
-from p2pfl.envelope import MASKED, sign_statement
+from p2pfl.envelope import MASKED, Sealer, sign_statement
 from p2pfl.learner import make_learner
 from p2pfl.masks import MaskMaker, fixed
-from p2pfl.messages import Gathering, MaskKey, Received, Rejected, Update
+from p2pfl.messages import Accusation, BadInput, Gathering, MaskKey, Received, Rejected, Update
 from p2pfl.records import create_run
+from p2pfl.runtime import Sums
 from p2pfl.swarm import prepare
-from tests.links import EXPERIMENT, Party, connect, greeting_of, identities, parties, until
+from tests.links import EXPERIMENT, SCHEMA, Party, connect, greeting_of, identities, parties, until
 from tests.processes import events, metrics, started, up
 
 NODES = 5
@@ -228,3 +229,71 @@ def test_parts_of_two_sums_are_no_contradiction_but_two_parts_of_one_are(number:
             code or ["stale"]
         )  # a second one of a round is not wanted, but nothing to be shut out for
         assert alice.updates() == [(0, b"x" * 64)]
+
+
+def masked_part(name: str, round: int, number: int, fill: bytes = b"x") -> tuple[bytes, bytes]:
+    offer = (
+        Sealer(IDS[name], EXPERIMENT, SCHEMA, 64, 1).seal(memoryview(fill * 64), round, 1.0, 1.0, MASKED, number).offer
+    )
+    return offer.manifest, offer.signature
+
+
+def test_nobody_is_framed_with_parts_of_two_sums() -> None:
+    """Two receivers can agree on gatherings of one number: what a sender lawfully made for both proves nothing."""
+    greeting = greeting_of(64, packed={MASKED: 64})
+    with parties(
+        IDS, only=("alice", "bob", "carol"), greetings=dict.fromkeys(("alice", "bob", "carol"), greeting)
+    ) as p:
+        alice, bob, carol = p["alice"], p["bob"], p["carol"]
+        connect(bob, alice)
+        connect(carol, alice)
+        one, other = masked_part("carol", 0, 7), masked_part("carol", 0, 7, b"y")
+        sealed = carol.sealer.seal(memoryview(b"z" * 64), 0, 1.0, 1.0, MASKED, 7)
+        carol.link.send(("alice",), Update(0, 1.0, 1.0, sealed))
+        until(lambda: alice.updates(), alice, carol)
+        bob.link.send(("alice",), Accusation("carol", "equivocation", (*one, *other)))
+        bob.link.send(("alice",), Accusation("carol", "bad_value", one))
+        until(lambda: [e for e in alice.all(Received) if isinstance(e.message, Accusation)], alice, bob)
+        assert [(r.peer, r.code) for r in alice.all(Rejected)] == [("bob", "bad_evidence")]
+
+
+def test_a_mask_key_that_gives_no_secret_is_its_maker_s_mistake() -> None:
+    """Or each honest sender would find its sum impossible, and the receiver would be blamed."""
+    small_order = sign_statement(MaskKey("bob", 1, bytes(32)), IDS["bob"], EXPERIMENT)
+    with parties(IDS, only=("alice", "bob")) as p:
+        alice, bob = p["alice"], p["bob"]
+        connect(bob, alice)
+        bob.link.send(("alice",), small_order)
+        until(lambda: alice.codes(), alice, bob)
+        assert [(r.peer, r.code) for r in alice.all(Rejected)] == [("bob", "bad_record")]
+
+
+# -- Started again ---------------------------------------------------------------------------------------------------
+
+
+def test_a_round_is_on_the_disk_before_its_first_part_leaves_and_is_never_given_from_again(tmp_path: Path) -> None:
+    maker, path = MaskMaker(IDS["alice"], 1, EXPERIMENT), tmp_path / "given"
+    sums = Sums(maker, path)
+    assert sums.last == -1
+    for round in (0, 1, 1, 12):
+        sums.gives(round)
+    path.write_bytes(path.read_bytes() + b"\n1")  # the power went while it wrote 13
+    assert Sums(maker, path).last == 12
+    Sums(maker, path).gives(13)
+    assert Sums(maker, path).last == 13
+    path.write_bytes(b"\nx\n")
+    with pytest.raises(BadInput, match="cannot be read"):
+        Sums(maker, path)
+
+
+def test_whoever_starts_again_goes_on_after_the_last_round_that_it_gave_from(tmp_path: Path) -> None:
+    """Its checkpoint is older; but those rounds it would repeat to the bit, for sums over other senders, perhaps."""
+    restart = '\n[[faults]]\nkind = "restart"\nnode = 2\nround = 9\nseconds = 1\n'
+    (tmp_path / "sums.toml").write_text(TRAINING.replace("rounds = 8", "rounds = 40\ncheckpoint_every = 4") + restart)
+    summary = up(tmp_path / "sums.toml", tmp_path / "run")
+    assert summary["finished"] == 6
+    given = [int(line) for line in (tmp_path / "run/nodes/node-2/given").read_text().split()]
+    assert given == sorted(set(given))
+    first, second = (e["round"] for e in events(tmp_path / "run", "node-2") if e["event"] == "started")
+    assert (first, second) == (0, 9)  # it had given from rounds 0 to 8; its checkpoint is of round 8
+    assert len(metrics(tmp_path / "run", "node-2")[-1]["merged"]) >= 3

@@ -165,7 +165,9 @@ messages = st.one_of(
         rounds,
         st.floats(min_value=1e-9, max_value=1e9),
         st.booleans(),
-        st.lists(keys, max_size=4),
+        st.lists(keys, max_size=4, unique_by=lambda key: key.name).map(
+            lambda some: sorted(some, key=lambda key: key.name)
+        ),
     ),
     st.builds(Grant, rounds, st.integers(1, 2**31)),
     st.builds(Resume, rounds, st.integers(1, 2**31)),
@@ -502,6 +504,13 @@ def test_the_keys_fill_the_body_exactly() -> None:
     header, body = encode(EXAMPLES[Gathering])
     for spoilt in (body[:-1], body + b"x", body[1:], body[: len(body) // 2]):
         assert refused(header, bytes(spoilt)) == "bad_body"
+
+
+def test_senders_that_are_not_sorted_or_named_twice_are_refused_before_anybody_checks_a_signature() -> None:
+    asked = EXAMPLES[Gathering]
+    for keys_shown in (asked.keys[::-1], (asked.keys[0],) * 2, (asked.keys[0],) * MAX_SENDERS):
+        header, body = encode(replace(asked, keys=keys_shown))
+        assert refused(header, body) == "bad_body"
 
 
 def test_a_gathering_states_every_key_and_signature_of_it() -> None:

@@ -568,7 +568,7 @@ class Engine:
             epoch=machine.disk.epoch,
             drift=topology.period or len(names),
             mass=machine.mass,
-            senders=lambda living, receiver: self._graph(living or names).around[receiver],
+            senders=lambda living, receiver: self._graph(living or names).around.get(receiver, ()),
             mask_key=None if common.mask_key is None else MaskKey(name, machine.disk.epoch, NO_KEY),
             held_mass=None if saved is None else saved.mass,
             first_round=0 if saved is None else saved.round,
