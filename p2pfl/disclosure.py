@@ -215,8 +215,8 @@ def _who(d: Disclosure) -> list[str]:
         lines.insert(0, "No graph is drawn, so everybody in the roster who connects gets the updates:")
     if d.others and d.heals:
         lines.append(
-            f"If neighbours drop out, others take their places (topology.heal): then {_names(d.others)} may read "
-            "updates as well."
+            f"If neighbours drop out, others take their places (topology.heal): then {_names(d.others)} may "
+            f"{'get sums' if d.masked else 'read updates'} as well."
         )
     if d.others:
         lines.append(
@@ -271,15 +271,23 @@ def _behind_masks(d: Disclosure) -> list[str]:
     sums = [reader for reader in d.readers if 1 + len(reader.among) >= LEAST_SENDERS]
     if not d.open and not sums:
         return ["Nobody: no neighbour has enough neighbours for a sum."]
-    lines = ["The receiver of a sum and all others in it but this node, if they tell each other what they know."]
+    others = LEAST_SENDERS - 1
+    lines = [
+        "The receiver of a sum and all others in it, if they tell each other what they know: their parts taken off the "
+        f"sum leave {d.node}'s update. A receiver may ask for a sum of as few as {LEAST_SENDERS}."
+    ]
     if sums:
         fewest = min(sums, key=lambda reader: len(reader.among))
+        who = _names(fewest.among) if len(fewest.among) == others else f"any {others} of {_names(fewest.among)}"
         lines = [
-            f"{fewest.name} and {_names(fewest.among)}, all of them, if they tell each other what they know: their own "
-            f"parts taken off the sum leave {d.node}'s update. Fewer cannot."
+            f"{fewest.name} and {who}, for example, if they tell each other what they know: their parts taken off "
+            f"their sum leave {d.node}'s update. And two receivers that tell each other theirs, where the sum of the "
+            f"one has {d.node} in it and that of the other the same members without it."
         ]
     lines.append(
-        "Where a member is missing from a round, the sums before and after differ roughly by its update: that is told."
+        "A receiver alone learns how its sums change: where a member is in one round's sum and not in the next one's, "
+        "that is roughly its update, the more so the less training still moves. A dishonest one can leave members out "
+        "as it likes. Noise (privacy.dp) bounds what that tells."
     )
     return lines
 

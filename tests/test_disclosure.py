@@ -135,12 +135,14 @@ def test_readers_are_those_who_are_told_and_who_sees_all_inputs_knows_all_alone(
     assert len(drawn.readers) == 5 and drawn.updates_a_round == 2
 
 
-def test_a_masked_sum_takes_everybody_else_in_it_to_be_undone_and_a_small_one_is_not_given() -> None:
+def test_a_masked_sum_is_undone_by_its_receiver_and_two_others_and_a_small_one_is_not_given() -> None:
     sums: dict[str, Toml] = {"sums": "masked"}
     whole = foreseen(experiment(4, privacy=sums), "node-0")
     assert {reader.name: reader.among for reader in whole.readers}["node-1"] == ("node-2", "node-3")
     said = text_of(whole)
-    assert "node-1 and node-2 and node-3, all of them" in said and "reads this node's update by itself" not in said
+    assert "node-1 and node-2 and node-3, for example, if" in said and "reads this node's update by itself" not in said
+    larger = text_of(foreseen(experiment(6, privacy=sums), "node-0"))
+    assert "node-1 and any 2 of node-2, node-3, node-4 and node-5, for example" in larger
     ring = foreseen(experiment(6, topology={"graph": "ring"}, privacy=sums), "node-0")
     assert ring.updates_a_round == 0 and text_of(ring).count("too few neighbours for a sum") == 2
 
