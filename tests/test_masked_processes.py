@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from links import EXPERIMENT, SCHEMA, Party, connect, greeting_of, identities, parties, until
+from processes import events, metrics, started, up
 from safetensors.numpy import load_file
 
 from p2pfl.config import Experiment, load
@@ -22,8 +24,6 @@ from p2pfl.messages import Accusation, BadInput, Gathering, MaskKey, Received, R
 from p2pfl.records import create_run
 from p2pfl.runtime import Sums
 from p2pfl.swarm import prepare
-from tests.links import EXPERIMENT, SCHEMA, Party, connect, greeting_of, identities, parties, until
-from tests.processes import events, metrics, started, up
 
 NODES = 5
 WINDOW = 32  # bytes: eight parameters; that they stand somewhere by chance is out of the question
