@@ -289,7 +289,8 @@ def zmtp(mechanism: str) -> Callable[[Victim, Mallory], None]:
             stranger.curve_serverkey = IDS["victim"].card.link_key
         stranger.connect(victim.address)
         for _ in range(100):
-            stranger.send_multipart(encode(Heartbeat(9)))
+            with suppress(zmq.Again):  # turned away, it has nowhere left to send to
+                stranger.send_multipart(encode(Heartbeat(9)), zmq.DONTWAIT)
 
     return attack
 
