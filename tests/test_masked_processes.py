@@ -105,8 +105,11 @@ def found_in_memory(folder: Path, sums: str) -> list[float]:
     words = ["up", folder / "average.toml", "--run-dir", folder / "run", "--set", f"privacy.sums={sums}"]
     with started(*words) as process:
         receiver = stopped_child(process.pid)
-        memory = list(memory_of(receiver))
-        process.kill()
+        try:
+            memory = list(memory_of(receiver))
+        finally:
+            os.kill(receiver, signal.SIGKILL)  # who stands still does not see that whoever started it is gone
+            process.kill()
     found = []
     for vector in vectors:
         forms = [windows(vector), windows(fixed(vector, 1 / NODES))]
