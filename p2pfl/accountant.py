@@ -28,7 +28,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import fft  # type: ignore[import-untyped]
 
 from p2pfl.messages import BadInput, Spent
 
@@ -139,7 +138,9 @@ class Loss:
                 discretize(TruncatedPrivacyRandomVariable(p, domain.t_min, domain.t_max), domain) for p in losses
             ]
         below = round(-domain.t_min / self._mesh)  # points below zero
-        self._points = fft.next_fast_len(domain.size, real=True)
+        from scipy import fft  # type: ignore[import-untyped]  # here: every node would pay a fifth of a second for it
+
+        self._points, self._irfft = fft.next_fast_len(domain.size, real=True), fft.irfft
         # Zero loss stands first, and what is below it at the end: then powers and products need no further shift.
         self._spectra = {
             m: fft.rfft(np.roll(np.pad(d.pmf, (0, self._points - domain.size)), -below))
@@ -159,7 +160,7 @@ class Loss:
 
     def epsilon(self, spectrum: Spectrum, steps: Mapping[Mechanism, int]) -> float:
         """The ε of these steps, whose spectrum it is: the least with Σ p(t) (1 − exp(ε − t)) ≤ δ over t > ε."""
-        pmf = fft.irfft(spectrum, self._points)
+        pmf = self._irfft(spectrum, self._points)
         shift = sum(count * self._shifts[mechanism] for mechanism, count in steps.items())
         # Whatever lies below zero adds nothing to an ε that is not negative; the shift moves zero by some points.
         before = min(self._below, math.ceil(abs(shift) / self._mesh) + 1)

@@ -46,20 +46,17 @@ for name, path in builtin_experiments().items():
 """
 
 
-@pytest.fixture(scope="session")  # tests of other modules may come in between
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def test_each_file_runs(tmp_path: Path) -> None:
     """Two rounds of every file, one run after the other; in one process, for importing torch takes longest."""
-    folder = tmp_path_factory.mktemp("runs")
-    subprocess.run([sys.executable, "-c", ALL_OF_THEM, str(folder)], check=True, env=ENVIRONMENT, timeout=10 * LIMIT)
-    return folder
+    subprocess.run([sys.executable, "-c", ALL_OF_THEM, str(tmp_path)], check=True, env=ENVIRONMENT, timeout=10 * LIMIT)
+    for name in builtin_experiments():
+        ran_in_full(name, tmp_path)
 
 
-@pytest.mark.xdist_group("files")  # or each worker would run them all
-@pytest.mark.parametrize("name", builtin_experiments())
-def test_each_file_runs(name: str, runs: Path) -> None:
+def ran_in_full(name: str, runs: Path) -> None:
     run = Run(runs / name)
     summary = read_json(run.summary)
-    assert summary["finished"] == summary["nodes"] and not summary["rejected"]
+    assert summary["finished"] == summary["nodes"] and not summary["rejected"], name
     experiment = load(run.experiment)
     topology = build(experiment.topology, experiment.seed)
     assert summary["topology"]["name"] == topology.name
@@ -67,7 +64,7 @@ def test_each_file_runs(name: str, runs: Path) -> None:
         for line in metrics(runs / name, node):
             graph = topology.at(line["round"])
             heard = graph.predecessors(node) if graph.is_directed() else graph[node]
-            assert (line["merged"], line["missing"]) == (sorted(heard), [])
+            assert (line["merged"], line["missing"]) == (sorted(heard), []), name
 
 
 # -- With training switched off: the mean, in the rounds that the graph predicts ---------------------------------------
