@@ -517,13 +517,6 @@ class NeverWoken(Node):
         return None if self.phase is Phase.COLLECTING else super().deadline
 
 
-class EndlessPatience(Node):
-    """Another one: whoever lives is waited for, for ever."""
-
-    def _patience(self, neighbours: object) -> float:
-        return math.inf
-
-
 class Spins(Node):
     """A timer that is never set forward."""
 
@@ -645,7 +638,6 @@ def found(simulate: Callable[[int], object], seeds: range) -> Iterator[tuple[int
 
 PLANTED = [
     (NeverWoken, {"every_wait_has_a_timer"}),
-    (EndlessPatience, {"every_wait_has_a_timer", "all_have_finished"}),
     (Spins, {"every_wait_has_a_timer"}),
     (FoldsTwice, {"nothing_is_folded_twice"}),
     (FoldsAnyRound, {"nothing_stale_is_folded", "what_came_in_time_counts"}),

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from links import EXPERIMENT, SCHEMA, Party, connect, greeting_of, identities, parties, until
 from processes import events, metrics, started, up
-from safetensors.numpy import load_file
 
 from p2pfl.config import Experiment, load
 from p2pfl.envelope import MASKED, Sealer, sign_statement
@@ -148,19 +147,6 @@ rounds = 8
 [privacy]
 sums = "masked"
 """
-
-
-def test_real_processes_end_where_the_simulation_does_to_the_bit_and_near_where_no_masks_lead(tmp_path: Path) -> None:
-    (tmp_path / "sums.toml").write_text(TRAINING)
-    masked = up(tmp_path / "sums.toml", tmp_path / "masked")
-    with started("simulate", tmp_path / "sums.toml", "--run-dir", tmp_path / "simulated") as process:
-        process.communicate(timeout=120)
-    bare = up(tmp_path / "sums.toml", tmp_path / "bare", "privacy.sums=none")
-    for name in (f"node-{i}" for i in range(6)):
-        one, two = (load_file(tmp_path / run / "nodes" / name / "model.safetensors") for run in ("masked", "simulated"))
-        assert all(np.array_equal(one[key], two[key]) for key in one)
-        assert all(len(line["merged"]) == 4 for line in metrics(tmp_path / "masked", name))
-    assert masked["metrics"]["accuracy"]["mean"] == pytest.approx(bare["metrics"]["accuracy"]["mean"], abs=0.01)
 
 
 def test_a_killed_sender_costs_a_sum_and_the_others_go_on_with_whole_ones(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def said(folder: Path, name: str, *words: str) -> list[tuple[str, str]]:
     return [(event["event"], event.get("peer", "")) for event in told if event["event"] in words]
 
 
+@pytest.mark.slow
 def test_32_each_one_way_cut_is_seen_by_who_is_deaf_and_by_nobody_else(tmp_path: Path) -> None:
     story: dict[str, list[tuple[str, str]]] = {name: [] for name in NAMES}
     with ring(tmp_path, 40, silence=1) as (processes, lines):
@@ -96,6 +97,7 @@ def test_32_each_one_way_cut_is_seen_by_who_is_deaf_and_by_nobody_else(tmp_path:
         assert last["round"] == 39 and len(last["merged"]) == 2
 
 
+@pytest.mark.slow
 def test_32_a_line_that_flaps_loses_half_or_takes_a_second_is_slow_and_no_death(tmp_path: Path) -> None:
     rounds, flaps = 70, 3
     with ring(tmp_path, rounds, silence=3) as (processes, lines):
@@ -160,6 +162,7 @@ def test_an_answer_that_is_lost_with_one_of_two_pairs_of_connections_is_given_ag
         bob.link.close(0)
 
 
+@pytest.mark.slow
 def test_32_a_link_is_made_where_a_round_trip_takes_two_seconds() -> None:
     about = (roster_of(IDS.values()), greeting_of(64))
     alice, bob = open_party(IDS["alice"], *about), open_party(IDS["bob"], *about)

@@ -380,6 +380,7 @@ def test_34_without_a_neighbour_it_ends_and_says_how_to_start_afresh(folders: Pa
     assert metrics(tmp_path / "run", "aurora")[-1]["round"] == 79
 
 
+@pytest.mark.slow
 def test_a_late_joiner_of_another_experiment_is_refused_in_words_and_disturbs_nobody(
     folders: Path, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_who_starts_again_goes_on_from_its_checkpoint_and_gets_its_place_back(tm
     assert around(run, "node-5") == {"node-4", "node-6"} and around(run, "node-6") == {"node-5", "node-7"}
 
 
+@pytest.mark.slow
 def test_who_was_stopped_for_a_while_condemns_nobody_and_is_taken_back(tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = (LONG_ENOUGH, "network.silence=1", "network.heartbeat=0.2", "network.suspicion=60")
@@ -80,6 +81,7 @@ def test_who_was_stopped_for_a_while_condemns_nobody_and_is_taken_back(tmp_path:
     assert around(run, "node-1") == {"node-0", "node-2"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heal", [True, False])
 def test_in_a_graph_drawn_by_hand_the_dead_ones_neighbours_are_joined_unless_that_is_forbidden(
     heal: bool, tmp_path: Path
@@ -92,6 +94,7 @@ def test_in_a_graph_drawn_by_hand_the_dead_ones_neighbours_are_joined_unless_tha
     assert bool(joined) is heal
 
 
+@pytest.mark.slow
 def test_a_pause_longer_than_any_link_lasts_is_survived_on_both_sides(tmp_path: Path) -> None:
     """SIGSTOP: held to be dead and left out of the graph; then SIGCONT: back, and its own gap condemns nobody."""
     run, stopped = tmp_path / "run", "node-2"
@@ -116,6 +119,7 @@ def test_a_pause_longer_than_any_link_lasts_is_survived_on_both_sides(tmp_path: 
     assert around(run, "node-1") == {"node-0", stopped}
 
 
+@pytest.mark.slow
 def test_all_suspended_at_once_go_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     """As a laptop's lid does it: every clock but the monotonic one has gone on, and so has the network's patience."""
     run = tmp_path / "run"
