@@ -483,6 +483,7 @@ def test_of_a_finished_run_the_records_tell_and_of_a_killed_node_too(tmp_path: P
     assert "birchwood" in run("status", tmp_path / "run").stdout
 
 
+@pytest.mark.slow
 def test_a_participant_is_asked_while_it_joins_killed_and_started_again(tmp_path: Path) -> None:
     cards = "".join(run("keygen", name, "--out", tmp_path).stdout for name in ("aurora", "bethel"))
     (tmp_path / "roster.txt").write_text(cards)
