@@ -61,6 +61,13 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key, e.g. --set train.lr=0.05.")
 ]
 
+KeyFile = Annotated[Path | None, typer.Option(help="Your key file; the only *.key here, if not given.")]
+RosterFile = Annotated[Path, typer.Option(help="Cards of all members, one a line.")]
+ExperimentFile = Annotated[Path | None, typer.Option(help="An experiment file.")]
+Rows = Annotated[str | None, typer.Option(help="breast_cancer, digits, FILE.csv or module:function.")]
+Target = Annotated[str | None, typer.Option(help="Column of the CSV file to predict.")]
+Model = Annotated[str | None, typer.Option(help="logistic, mlp:64,32, cnn:16,32 or module:function.")]
+Rounds = Annotated[int | None, typer.Option(help="How many rounds.")]
 PolicyFile = Annotated[
     Path | None, typer.Option(help="What the owner of this node allows: see `p2pfl inspect --help`.")
 ]
@@ -141,13 +148,13 @@ def node(
         str, typer.Option(help="Neighbours: HOST:PORT or NAME@HOST:PORT, or NAME for one that dials us; with commas.")
     ],
     listen: Annotated[str | None, typer.Option(help="tcp://HOST:PORT to listen at; without it, only dial out.")] = None,
-    identity: Annotated[Path | None, typer.Option(help="Your key file; the only *.key here, if not given.")] = None,
-    roster: Annotated[Path, typer.Option(help="Cards of all members, one a line.")] = Path("roster.txt"),
-    config: Annotated[Path | None, typer.Option(help="An experiment file.")] = None,
-    data: Annotated[str | None, typer.Option(help="breast_cancer, digits, FILE.csv or module:function.")] = None,
-    target: Annotated[str | None, typer.Option(help="Column of the CSV file to predict.")] = None,
-    model: Annotated[str | None, typer.Option(help="logistic, mlp:64,32, cnn:16,32 or module:function.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="How many rounds.")] = None,
+    identity: KeyFile = None,
+    roster: RosterFile = Path("roster.txt"),
+    config: ExperimentFile = None,
+    data: Rows = None,
+    target: Target = None,
+    model: Model = None,
+    rounds: Rounds = None,
     run_dir: Annotated[Path | None, typer.Option(help="Where records and the model go.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --run-dir.")] = False,
     policy: PolicyFile = None,
@@ -383,13 +390,13 @@ def inspect(
     experiment: Annotated[str | None, typer.Argument(help="A whole experiment, of which --node is one.")] = None,
     node: Annotated[str | None, typer.Option(help="Which node of it.")] = None,
     peers: Annotated[str, typer.Option(help="As for `p2pfl node`.")] = "",
-    identity: Annotated[Path | None, typer.Option(help="Your key file; the only *.key here, if not given.")] = None,
-    roster: Annotated[Path, typer.Option(help="Cards of all members, one a line.")] = Path("roster.txt"),
-    config: Annotated[Path | None, typer.Option(help="An experiment file.")] = None,
-    data: Annotated[str | None, typer.Option(help="breast_cancer, digits, FILE.csv or module:function.")] = None,
-    target: Annotated[str | None, typer.Option(help="Column of the CSV file to predict.")] = None,
-    model: Annotated[str | None, typer.Option(help="logistic, mlp:64,32, cnn:16,32 or module:function.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="How many rounds.")] = None,
+    identity: KeyFile = None,
+    roster: RosterFile = Path("roster.txt"),
+    config: ExperimentFile = None,
+    data: Rows = None,
+    target: Target = None,
+    model: Model = None,
+    rounds: Rounds = None,
     policy: PolicyFile = None,
     settings: Settings = None,
     as_json: JsonFlag = False,
