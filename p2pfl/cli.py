@@ -429,6 +429,8 @@ def inspect(
     allowed = EVERYTHING if policy is None else read_policy(policy)
     graph: Topology | None
     if experiment is not None:
+        if config is not None or peers or _node_flags(data, target, model, rounds):
+            raise BadInput("a whole experiment says its own data, model and rounds: change them with --set key=value")
         path, loaded = _load_whole(experiment, None, settings)
         if node not in loaded.topology.names:
             which = "" if node is None else did_you_mean(node, loaded.topology.names)

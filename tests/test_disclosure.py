@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from links import LOOPBACK, connect, identities, parties, roster_of, settle
-from processes import make_members
+from processes import make_members, run
 
 from p2pfl.cli import app
 from p2pfl.config import Experiment, PrivacySection, Toml, find_experiment, load, validate
@@ -286,3 +286,8 @@ def test_inspect_takes_what_a_node_takes_and_leaves_nothing_behind(
     assert "cedars" not in inspect(capsys, *words, "--policy", "../policy.toml")
     with pytest.raises(BadInput, match="the policy does not list cedars"):
         inspect(capsys, "--peers", "cedars", "--data", "breast_cancer", "--policy", "../policy.toml")
+
+
+def test_an_option_of_a_node_beside_a_whole_experiment_is_refused_and_not_ignored() -> None:
+    said = run("inspect", "hospitals", "--node", "ashford", "--rounds", "3", expect=2).stderr
+    assert "change them with --set key=value" in said and said.count("\n") == 1
